@@ -1,0 +1,64 @@
+"""Convergence-rate control of open-weight models: deform, certify, race and undo, in JAX.
+
+    import specdef_jax as sd
+
+The public names are listed in __all__; the rooms sd.bounds, sd.curvature, sd.race and sd.attacks
+hold the rest. sd.certify and sd.load_results need the extra `cli`.
+"""
+
+from specdef_jax import attacks, bounds, curvature, race, select, tasks
+from specdef_jax.errors import (
+    BudgetError,
+    FileError,
+    LayeredUnsupported,
+    LeafError,
+    MissingExtra,
+    ProblemError,
+    SelectionError,
+    SpecDefError,
+    SpecError,
+    StructureError,
+)
+from specdef_jax.layered import layered
+from specdef_jax.parametrization import Deformed, KernelAxes, Problem, merge
+from specdef_jax.precision import alpha_max
+from specdef_jax.preservation import PreservationCertificate, bit_identical, preservation
+from specdef_jax.specdef import Layer, Plan, SpecDef, apply_plan, deform, plan
+from specdef_jax.words import Word
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "Deformed",
+    "FileError",
+    "KernelAxes",
+    "Layer",
+    "LayeredUnsupported",
+    "LeafError",
+    "MissingExtra",
+    "Plan",
+    "PreservationCertificate",
+    "Problem",
+    "ProblemError",
+    "SelectionError",
+    "SpecDef",
+    "SpecDefError",
+    "SpecError",
+    "StructureError",
+    "Word",
+    "alpha_max",
+    "apply_plan",
+    "attacks",
+    "bit_identical",
+    "bounds",
+    "curvature",
+    "deform",
+    "layered",
+    "merge",
+    "plan",
+    "preservation",
+    "race",
+    "select",
+    "tasks",
+]

@@ -1,0 +1,213 @@
+"""Structured weights: a leaf that stands for a plain array, and how to read the array back.
+
+A `Deformed` leaf stands for the kernel of one linear map as the product of two trainable factors
+(THEORY.md 0). JAX kernels are the transpose of the theory's W: kernel (in, out) = W^T, applied as
+h @ kernel + bias. In that layout
+
+    output side   kernel = weight @ comp      y = (h @ weight) @ comp
+    input side    kernel = comp @ weight      y = (h @ comp) @ weight
+
+so on the output side the deformed weight comes first in the network and the compensation after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, PyTree
+
+from specdef_jax.errors import LayeredUnsupported, ProblemError, SpecError
+
+Side = Literal["output", "input"]
+
+
+@dataclass(frozen=True)
+class KernelAxes:
+    """Which axes of a kernel are which.
+
+    Attributes:
+      stack: axes over independent copies of the layer (nn.scan layers, experts).
+      window: spatial axes of a convolution; they go with the side that is not deformed.
+      inputs: input feature axes, in order.
+      outputs: output feature axes, in order.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    window: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        axes = self.stack + self.window + self.inputs + self.outputs
+        if sorted(axes) != list(range(len(axes))) or not self.inputs or not self.outputs:
+            raise SpecError(
+                f"axes {self} do not name each axis of a kernel exactly once; "
+                "give disjoint inputs and outputs, counted from 0."
+            )
+
+    def features(self, side: Side) -> tuple[int, ...]:
+        """Return the axes that the compensation of this side acts on."""
+        return self.outputs if side == "output" else self.inputs
+
+    def dim(self, shape: tuple[int, ...], side: Side) -> int:
+        """Return the number of features on one side of a kernel of this shape."""
+        return math.prod(shape[i] for i in self.features(side))
+
+    def to_matrix(self, kernel: Array, side: Side) -> Float[Array, "*stack rest d"]:
+        """Return the kernel as (*stack, rest, d): d the features of `side`, rest all else."""
+        order, shape = self._matrix_layout(kernel.shape, side)
+        return kernel.transpose(order).reshape(shape)
+
+    def from_matrix(self, matrix: Array, shape: tuple[int, ...], side: Side) -> Array:
+        """Undo to_matrix for a kernel of the given shape."""
+        order, _ = self._matrix_layout(shape, side)
+        inverse = tuple(order.index(i) for i in range(len(order)))
+        return matrix.reshape(tuple(shape[i] for i in order)).transpose(inverse)
+
+    def _matrix_layout(
+        self, shape: tuple[int, ...], side: Side
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        other = self.inputs if side == "output" else self.outputs
+        rest, features = self.window + other, self.features(side)
+        stack = tuple(shape[i] for i in self.stack)
+        sizes = (math.prod(shape[i] for i in rest), math.prod(shape[i] for i in features))
+        return self.stack + rest + features, stack + sizes
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Deformed:
+    """One kernel as a pair of trainable factors (THEORY.md 0, placement insert).
+
+    The leaves are arrays only, so jax.grad, optax, ravel_pytree and Orbax take a tree that holds
+    Deformed nodes as it is. U and alpha are not here: they live in the Plan.
+
+    Attributes:
+      weight: the deformed kernel, in the shape and dtype of the original.
+      comp: the compensation, (*stack, d, d) with d the features of `side`, multiplying from the
+        right on the output side and from the left on the input side.
+      side: "output" or "input" (static).
+      axes: which axes of the kernel are which (static).
+    """
+
+    weight: Float[Array, "..."]
+    comp: Float[Array, "..."]
+    side: Side = field(metadata={"static": True})
+    axes: KernelAxes = field(metadata={"static": True})
+
+    def materialize(self) -> Float[Array, "..."]:
+        """Return the plain kernel, in the shape and dtype of `weight`."""
+        matrix = self.axes.to_matrix(self.weight, self.side)
+        right = self.comp if self.side == "output" else jnp.swapaxes(self.comp, -1, -2)
+        product = full_precision_matmul(matrix, right)
+        return self.axes.from_matrix(product, self.weight.shape, self.side)
+
+
+@runtime_checkable
+class StructuredWeight(Protocol):
+    """A pytree node that stands for one plain array."""
+
+    def materialize(self) -> Array:
+        """Return the array that the node stands for."""
+        ...
+
+
+def is_structured(node: Any) -> bool:
+    """Tell whether a node of a tree stands for a plain array."""
+    # The class is asked, since an NNX Variable passes attribute look-ups on to the value it holds.
+    return callable(getattr(type(node), "materialize", None))
+
+
+def merge(params: PyTree) -> PyTree:
+    """Replace every structured weight by the plain array it stands for.
+
+    The result has the structure and dtypes of the tree before deformation. Differentiable and
+    pure; a tree without structured weights is returned unchanged.
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.materialize() if is_structured(leaf) else leaf,
+        params,
+        is_leaf=is_structured,
+    )
+
+
+def full_precision_matmul(a: Array, b: Array) -> Array:
+    """Return a @ b with full-precision products and at least float32 accumulation.
+
+    Accelerators may run float32 products in TF32 or bfloat16 by default, which a deformed layer
+    amplifies by alpha (THEORY.md 1.2). The result has the promoted dtype of the operands.
+    """
+    dtype = jnp.result_type(a, b)
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+    product = jnp.matmul(
+        a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator
+    )
+    return product.astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Problem:
+    """Something to train: parameters, a loss on them, and the plain network they stand for.
+
+    Frozen arrays travel inside the Partials as data, never as closed-over constants.
+
+    Attributes:
+      params: the trainable tree.
+      loss: loss(params, *args) -> scalar.
+      read_back: read_back(params) -> plain parameters of the original architecture.
+    """
+
+    params: PyTree
+    loss: Partial
+    read_back: Partial
+
+
+def problem(loss: Callable[..., Array], params: PyTree, *args: Any) -> Problem:
+    """Return the problem of training `params`, merging structured weights where the loss needs it."""
+    return Problem(params, loss_on(loss, params, *args), Partial(merge))
+
+
+def loss_on(loss: Callable[..., Array], params: PyTree, *args: Any) -> Partial:
+    """Return `loss` as a Partial that accepts `params` as they are.
+
+    A loss that can read structured weights (it merges them itself, or applies sd.layered) is left
+    alone. A loss written for the plain network is composed with merge, which is the same loss
+    surface (THEORY.md 2.1). Which of the two holds is found by an abstract evaluation.
+
+    Raises:
+      ProblemError: the loss fails on the merged tree too, or does not return a real scalar.
+    """
+    as_partial = loss if isinstance(loss, Partial) else Partial(loss)
+    structured = any(map(is_structured, jax.tree.leaves(params, is_leaf=is_structured)))
+    if structured and not _accepts(as_partial, params, *args):
+        as_partial = Partial(_loss_through_merge, as_partial)
+    try:
+        out = jax.eval_shape(as_partial, params, *args)
+    except Exception as error:
+        raise ProblemError(
+            f"the loss cannot be evaluated on these parameters and arguments: {error}"
+        ) from error
+    if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ProblemError(f"a loss must return one real scalar, this one returns {out}.")
+    return as_partial
+
+
+def _accepts(loss: Partial, params: PyTree, *args: Any) -> bool:
+    try:
+        jax.eval_shape(loss, params, *args)
+    except LayeredUnsupported:
+        raise
+    except Exception:  # whatever a model raises when it meets a node that is not an array
+        return False
+    return True
+
+
+def _loss_through_merge(loss: Partial, params: PyTree, *args: Any) -> Array:
+    return loss(merge(params), *args)

@@ -1,0 +1,198 @@
+"""What a number format does to a deformed layer: derived bounds and the largest usable alpha.
+
+THEORY.md 1.2 to 1.4. A released layer computes two products in a row, h -> fl(h A) -> fl(fl(h A) B),
+where (A, B) is (weight, comp) on the output side and (comp, weight) on the input side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from specdef_jax.errors import BudgetError, SpecError
+from specdef_jax.pair import Basis
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format for storage and products.
+
+    Attributes:
+      name: what certificates call it.
+      dtype: storage dtype of weights and activations.
+      mantissa_bits: explicit bits to which each operand of a product is rounded first, None for all.
+    """
+
+    name: str
+    dtype: jnp.dtype
+    mantissa_bits: int | None = None
+
+    @property
+    def accumulator(self) -> jnp.dtype:
+        """The dtype sums are kept in: at least float32, which layered asks for."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def unit(self) -> float:
+        """The largest relative error of one operand or one stored result."""
+        bits = self.mantissa_bits
+        return unit_roundoff(self.dtype) if bits is None else 2.0 ** -(bits + 1)
+
+    def product_error(self, n: int) -> float:
+        """Return eps with |fl(a^T b) - a^T b| <= eps |a|^T |b| for n terms in any order of summation.
+
+        Each operand is rounded (if the format rounds operands), sums run in the accumulator, and
+        the result is rounded to storage; no overflow. Infinite when n u >= 1: no bound exists.
+        """
+        gamma_n = gamma(n, unit_roundoff(self.accumulator))
+        operand = 0.0 if self.mantissa_bits is None else self.unit
+        stored = unit_roundoff(self.dtype) if self.accumulator != self.dtype else 0.0
+        return (1 + operand) ** 2 * (1 + gamma_n) * (1 + stored) - 1
+
+    def round_operand(self, x: Array) -> Array:
+        """Round an operand of a product as the format does, to nearest, ties to even."""
+        if self.mantissa_bits is None:
+            return x
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=self.mantissa_bits)
+
+
+FORMATS = {
+    name: Format(name, jnp.dtype(dtype), bits)
+    for name, dtype, bits in (
+        ("float64", jnp.float64, None),
+        ("float32", jnp.float32, None),
+        ("tf32", jnp.float32, 10),
+        ("bfloat16", jnp.bfloat16, None),
+        ("float16", jnp.float16, None),
+    )
+}
+
+
+def as_format(name: str | Format | jnp.dtype | type) -> Format:
+    """Return the Format called `name`, or that of a dtype.
+
+    Raises:
+      SpecError: no such format.
+    """
+    if isinstance(name, Format):
+        return name
+    key = name if isinstance(name, str) else jnp.dtype(name).name
+    if key not in FORMATS:
+        raise SpecError(f"number format {key!r} is unknown; use one of {', '.join(FORMATS)}.")
+    return FORMATS[key]
+
+
+def unit_roundoff(dtype: jnp.dtype) -> float:
+    """Return u, the largest relative error of rounding to nearest: half the machine epsilon."""
+    return float(jnp.finfo(dtype).eps) / 2
+
+
+def gamma(n: int, u: float) -> float:
+    """Return gamma_n = n u / (1 - n u), infinite when n u >= 1 (Higham 2002, section 3.1)."""
+    return n * u / (1 - n * u) if n * u < 1 else math.inf
+
+
+def pair_error_bound(
+    h: Float[np.ndarray, "batch n"],
+    first: Float[np.ndarray, "n p"],
+    second: Float[np.ndarray, "p q"],
+    plain: Float[np.ndarray, "n q"],
+    form: Format,
+) -> Float[np.ndarray, "batch q"]:
+    """Bound |fl(fl(h A) B) - h W| componentwise, rigorously (THEORY.md 1.2).
+
+    The stored factors are taken as they are: what storage rounding did is the residual W - A B,
+    computed in float64 with its own rounding bound. All arrays float64, holding values of the
+    storage format.
+
+    Args:
+      h: inputs.
+      first: A, the factor applied first, as stored.
+      second: B, the factor applied second, as stored.
+      plain: W, the undeformed matrix.
+      form: the number format of storage and products.
+    """
+    n, p = first.shape
+    e1, e2 = form.product_error(n), form.product_error(p)
+    magnitude = np.abs(h) @ np.abs(first) @ np.abs(second)
+    # n + p + 2: the residual, and the reference h W that the caller computed in float64.
+    wide = gamma(n + p + 2, unit_roundoff(jnp.dtype(jnp.float64)))
+    storage = np.abs(plain - first @ second) + wide * (np.abs(first) @ np.abs(second) + np.abs(plain))
+    # One smallest normal per stored result covers flushing of subnormal values to zero.
+    tiny = float(jnp.finfo(form.dtype).tiny)
+    underflow = tiny * ((1 + e2) * np.abs(second).sum(axis=0) + 1)
+    # The bound itself is evaluated in float64: its relative error is far below this factor.
+    return (((1 + e1) * (1 + e2) - 1) * magnitude + np.abs(h) @ storage + underflow) * (1 + 1e-10)
+
+
+def rule_of_thumb(unit: float, growth: float) -> float:
+    """Return u ||Wt||_F / ||W||_F, the relative error to expect for isotropic inputs.
+
+    ||Wt||_F^2 = ||S||^2 + (a^2 - 1) ||S_k||^2, so for large alpha this is the rule a u ||S_k|| / ||S||
+    of THEORY.md 1.2, where a constant of 1 to 6 was seen in front.
+    """
+    return unit * growth
+
+
+def norm_growth(alpha: float, energy: float) -> float:
+    """Return ||Wt||_F / ||W||_F for a share energy = ||S_k||_F / ||S||_F of the Frobenius norm."""
+    return math.sqrt(1 + (alpha**2 - 1) * energy**2)
+
+
+def alpha_max(
+    dtype: str | Format | jnp.dtype | type,
+    basis: Basis = "symmetric",
+    budget: float = 0.1,
+    *,
+    energy: float = 1.0,
+    largest: float = 1.0,
+) -> float:
+    """Return the largest alpha for a dtype, a basis and a relative error budget (THEORY.md 1.4).
+
+    In the symmetric basis rounding errors of the deformed directions leak into the others and grow
+    with alpha. In the rotated and axis bases each coordinate carries its own relative error, so only
+    the range of the exponent limits alpha (and rotated factors lose entries below alpha times the
+    smallest normal number).
+
+    Args:
+      dtype: storage dtype or format.
+      basis: which basis.
+      budget: largest relative error for isotropic inputs, by the rule of thumb.
+      energy: ||S_k||_F / ||S||_F of the layer, 1 at worst.
+      largest: largest |entry| of the undeformed weight.
+    """
+    form = as_format(dtype)
+    info = jnp.finfo(form.dtype)
+    in_range = min(float(info.max) / max(largest, float(info.tiny)), 1 / float(info.tiny))
+    if basis != "symmetric" or energy == 0 or math.isinf(budget):
+        return in_range
+    if budget < form.unit:
+        return 1.0
+    return min(in_range, math.sqrt(((budget / form.unit) ** 2 - 1) / energy**2 + 1))
+
+
+def check_budget(
+    path: str,
+    dtype: jnp.dtype,
+    basis: Basis,
+    alpha: float,
+    budget: float,
+    *,
+    energy: float,
+    largest: float,
+) -> None:
+    """Raise BudgetError when alpha is beyond what the storage dtype can carry."""
+    limit = alpha_max(dtype, basis, budget, energy=energy, largest=largest)
+    if max(alpha, 1 / alpha) <= limit:
+        return
+    expected = rule_of_thumb(unit_roundoff(dtype), norm_growth(alpha, energy))
+    raise BudgetError(
+        f"'{path}': alpha = {alpha:g} in {dtype} with basis '{basis}' is beyond alpha_max = {limit:.3g} "
+        f"(expected relative error {expected:.2g}, budget {budget:g}). Use a wider dtype, the axis or "
+        "rotated basis, a smaller alpha, or a larger SpecDef(budget=...)."
+    )
