@@ -1,0 +1,64 @@
+"""Inject: freeze the pair and add a plain matrix beside it (THEORY.md 5.3, the linear-size limit).
+
+y = layer(h) + B h with B = 0 at the start. For optimizers whose updates depend on gradients and
+their own state alone, (W + B_t, rest_t) is fine-tuning of the original network, step for step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, PyTree
+
+from specdef_jax import trees
+from specdef_jax.attacks.bill import Attack, Knowledge, plain_problem, price
+from specdef_jax.attacks.freeze import split_pairs
+from specdef_jax.parametrization import Deformed, Problem, is_structured
+
+
+def inject(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
+    """Return the attack that trains a zero-initialised matrix beside each frozen pair.
+
+    Args:
+      loss: loss(params, *args) of the plain network.
+      deformed: the deformed tree.
+      args: data of one step, for the bill.
+    """
+    begin = time.perf_counter()
+    task = jax.block_until_ready(_problem(loss, deformed))
+    seconds = time.perf_counter() - begin
+    return price(
+        "inject",
+        task,
+        plain_problem(loss, deformed),
+        *args,
+        knowledge=Knowledge.WHICH_LAYERS,
+        conversion_seconds=seconds,
+    )
+
+
+def _problem(loss: Callable[..., Array], deformed: PyTree) -> Problem:
+    pairs = split_pairs(deformed)
+    params = jax.tree.map(
+        lambda leaf: jnp.zeros_like(leaf.weight) if isinstance(leaf, Deformed) else leaf,
+        deformed,
+        is_leaf=is_structured,
+    )
+    as_partial = loss if isinstance(loss, Partial) else Partial(loss)
+    return Problem(params, Partial(_injected_loss, as_partial, pairs), Partial(_read_injected, pairs))
+
+
+def _injected_loss(loss: Partial, pairs: dict[str, Deformed], params: PyTree, *args: Any) -> Array:
+    return loss(_read_injected(pairs, params), *args)
+
+
+def _read_injected(pairs: dict[str, Deformed], params: PyTree) -> PyTree:
+    """Return the plain network: a layer is linear, so layer(h) + B h is (C Wt + B) h."""
+    return trees.map_named(
+        lambda name, leaf: pairs[name].materialize() + leaf if name in pairs else leaf, params
+    )

@@ -1,0 +1,105 @@
+"""The congruence between a deformed network and the identity-inserted one (THEORY.md 2.1).
+
+phi maps parameters at alpha = 1 to parameters at alpha without changing the loss, and is linear, so
+
+    H_a = phi^-T H_1 phi^-1,    g_a = phi^-T g_1.
+
+phi is self-adjoint in the Euclidean inner product of the parameters: it multiplies by T(a) or by a
+diagonal, from one side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from specdef_jax import trees
+from specdef_jax.errors import StructureError
+from specdef_jax.parametrization import Deformed, is_structured
+from specdef_jax.specdef import Layer, Plan
+
+
+def phi(tree: PyTree, plan: Plan) -> PyTree:
+    """Map a tree (parameters or tangents) at alpha = 1 to the same function at the plan's alphas.
+
+    On a deformed leaf (weight, comp) -> (weight T(a), T(1/a) comp) in matrix form, the identity on
+    every other leaf; singular values alpha, 1/alpha and 1.
+
+    Args:
+      tree: a tree with the structure of apply_plan(params, plan), all alphas 1.
+      plan: directions and alphas.
+
+    Raises:
+      StructureError: a planned leaf is not deformed.
+    """
+    return _scale_pairs(tree, plan, invert=False)
+
+
+def phi_inverse(tree: PyTree, plan: Plan) -> PyTree:
+    """Undo phi."""
+    return _scale_pairs(tree, plan, invert=True)
+
+
+def congruent_product(mv: Any, vector: PyTree, plan: Plan) -> PyTree:
+    """Return phi^-T H_1 phi^-1 v, given mv: v -> H_1 v at alpha = 1.
+
+    This equals the Hessian product at the plan's alphas exactly in real arithmetic.
+    """
+    return phi_inverse(mv(phi_inverse(vector, plan)), plan)
+
+
+def condition(plan: Plan) -> Float[Array, ""]:
+    """Return ||phi^-1|| = max over layers of max(alpha, 1 / alpha); ||phi|| is the same.
+
+    By Ostrowski's theorem lambda_i(H_a) = c_i lambda_i(H_1) with condition^-2 <= c_i <= condition^2.
+    """
+    alphas = jnp.stack([layer.alpha for _, layer in plan.items()])
+    return jnp.max(jnp.maximum(alphas, 1 / alphas))
+
+
+def _scale_pairs(tree: PyTree, plan: Plan, *, invert: bool) -> PyTree:
+    found = set()
+
+    def visit(name: str, leaf: Any) -> Any:
+        if name not in plan.layers:
+            return leaf
+        if not isinstance(leaf, Deformed):
+            raise StructureError(f"'{name}' is planned but not deformed; apply the plan first.")
+        found.add(name)
+        return _scale_pair(leaf, plan[name], invert=invert)
+
+    scaled = trees.map_named(visit, tree, is_leaf=is_structured)
+    if missing := set(plan.layers) - found:
+        raise StructureError(f"the plan names {sorted(missing)}, which the tree lacks.")
+    return scaled
+
+
+def _scale_pair(pair: Deformed, layer: Layer, *, invert: bool) -> Deformed:
+    alpha = layer.alpha.astype(pair.weight.dtype)
+    alpha = 1 / alpha if invert else alpha
+    matrix = layer.axes.to_matrix(pair.weight, pair.side)
+    right = pair.comp if pair.side == "output" else jnp.swapaxes(pair.comp, -1, -2)
+    transform = _rotated_transform if layer.basis == "rotated" else _symmetric_transform
+    matrix = transform(matrix, layer.U, alpha)
+    right = jnp.swapaxes(transform(jnp.swapaxes(right, -1, -2), layer.U, 1 / alpha), -1, -2)
+    weight = layer.axes.from_matrix(matrix, pair.weight.shape, pair.side)
+    comp = right if pair.side == "output" else jnp.swapaxes(right, -1, -2)
+    return Deformed(weight, comp, pair.side, pair.axes)
+
+
+def _symmetric_transform(matrix: Array, U: Array, alpha: Array) -> Array:
+    """Return M T(a), which is also the axis basis: there U holds columns of the identity."""
+    U = U.astype(matrix.dtype)
+    along = jnp.matmul(matrix, U, precision=jax.lax.Precision.HIGHEST)
+    return matrix + (alpha - 1) * jnp.matmul(
+        along, jnp.swapaxes(U, -1, -2), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def _rotated_transform(matrix: Array, U: Array, alpha: Array) -> Array:
+    """Return M D: in the rotated basis the directions are the first k coordinates."""
+    d, k = U.shape[-2:]
+    return matrix * jnp.where(jnp.arange(d) < k, alpha, jnp.ones_like(alpha))

@@ -1,0 +1,1 @@
+"""Bundled tasks on real data."""
