@@ -22,7 +22,7 @@ def describe() -> dict[str, object]:
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": bool(jax.config.read("jax_enable_x64")),
         "commit": commit(),
     }
 

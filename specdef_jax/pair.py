@@ -1,7 +1,8 @@
-"""The deformed pair of one matrix, built in float64 (THEORY.md 0).
+"""The deformed pair of one matrix, rounded once from float64 (THEORY.md 0).
 
-Matrices stand as (rest, d) with the deformed features last, so the pair multiplies from the right:
-M = (M T(a)) T(1/a) up to the choice of basis.
+A matrix stands in the orientation of JAX kernels: (rest, d) on the output side, where the pair
+multiplies from the right, M = (M T(a)) T(1/a), and (d, rest) on the input side, where it multiplies
+from the left, M = T(1/a) (T(a) M); d are the deformed features.
 """
 
 from __future__ import annotations
@@ -12,46 +13,63 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from specdef_jax.parametrization import Side
+
 Basis = Literal["symmetric", "rotated", "axis"]
 
 
 def build_pair(
-    matrix: Float[Array, "*stack rest d"],
+    matrix: Float[Array, "*stack rows columns"],
     U: Float[Array, "*stack d k"],
     alpha: Float[Array, ""],
     basis: Basis,
-) -> tuple[Float[Array, "*stack rest d"], Float[Array, "*stack d d"]]:
-    """Return (weight, comp), float64, with weight @ comp = matrix in exact arithmetic.
+    side: Side,
+) -> tuple[Float[Array, "*stack rows columns"], Float[Array, "*stack d d"]]:
+    """Return (weight, comp), float64, whose product is the matrix up to the choice of basis.
 
-    float64 is used whether or not the caller has enabled it, so that rounding to the storage dtype
-    is the only error that matters.
+    float64 is used whether or not the caller has enabled it. The symmetric basis takes M U in the
+    precision of M: an error there moves M along U only, and the compensation scales it back.
+
+    Args:
+      matrix: (rest, d) on the output side, (d, rest) on the input side.
+      U: directions, orthonormal to single precision or better.
+      alpha: the factor.
+      basis: which basis.
+      side: where the compensation stands; weight @ comp on the output side, comp @ weight on the input.
     """
     with jax.enable_x64(True):
-        wide = (x.astype(jnp.float64) for x in (matrix, U, alpha))
-        return _CONSTRUCTIONS[basis](*wide)
+        U, alpha = U.astype(jnp.float64), alpha.astype(jnp.float64)
+        return _CONSTRUCTIONS[basis](matrix, U, alpha, side)
 
 
-def _symmetric(matrix: Array, U: Array, alpha: Array) -> tuple[Array, Array]:
-    """Return M T(a) and T(1/a), T(a) = I + (a - 1) U U^T."""
+def _symmetric(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array, Array]:
+    """Return M T(a) or T(a) M, and T(1/a), with T(a) = I + (a - 1) U U^T."""
     U = _orthonormalize(U)
-    transposed = jnp.swapaxes(U, -1, -2)
-    weight = matrix + (alpha - 1) * _matmul(_matmul(matrix, U), transposed)
-    comp = jnp.eye(U.shape[-2]) + (1 / alpha - 1) * _matmul(U, transposed)
-    return weight, comp
+    narrow = U.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    if side == "output":
+        added = _matmul(_matmul(matrix, narrow).astype(jnp.float64), _transpose(U))
+    else:
+        added = _matmul(U, _matmul(_transpose(narrow), matrix).astype(jnp.float64))
+    comp = jnp.eye(U.shape[-2]) + (1 / alpha - 1) * _matmul(U, _transpose(U))
+    return matrix + (alpha - 1) * added, comp
 
 
-def _rotated(matrix: Array, U: Array, alpha: Array) -> tuple[Array, Array]:
-    """Return M Q D and D^-1 Q^T, Q = [U, U_perp], D = diag(a x k, 1, ...)."""
+def _rotated(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array, Array]:
+    """Return M Q D and D^-1 Q^T, or D Q^T M and Q D^-1, with Q = [U, U_perp], D = diag(a x k, 1, ...)."""
     Q = jnp.linalg.qr(U, mode="complete")[0]
     scales = _scales(jnp.arange(U.shape[-2]) < U.shape[-1], alpha)
+    matrix = matrix.astype(jnp.float64)
     # Scaling after the product: a power of two then changes exponents only (THEORY.md 1.3).
-    return _matmul(matrix, Q) * scales, jnp.swapaxes(Q, -1, -2) / scales[:, None]
+    if side == "output":
+        return _matmul(matrix, Q) * scales, _transpose(Q) / scales[:, None]
+    return scales[:, None] * _matmul(_transpose(Q), matrix), Q / scales
 
 
-def _axis(matrix: Array, U: Array, alpha: Array) -> tuple[Array, Array]:
-    """Return M D and D^-1 with D = T(a) diagonal: the columns of U are columns of the identity."""
+def _axis(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array, Array]:
+    """Return M D or D M, and D^-1, with D = T(a) diagonal: U holds columns of the identity."""
     scales = _scales(jnp.sum(jnp.abs(U), axis=-1) > 0.5, alpha)
-    return matrix * scales[..., None, :], jnp.eye(U.shape[-2]) / scales[..., None, :]
+    along = scales[..., None, :] if side == "output" else scales[..., :, None]
+    return matrix * along, jnp.eye(U.shape[-2]) / scales[..., None, :]
 
 
 _CONSTRUCTIONS = {"symmetric": _symmetric, "rotated": _rotated, "axis": _axis}
@@ -66,12 +84,13 @@ def _orthonormalize(U: Array) -> Array:
 
     C Wt = W holds to the orthonormality of U times alpha, so U as found is not good enough.
     """
-    gram = _matmul(jnp.swapaxes(U, -1, -2), U)
-    factor = jnp.linalg.cholesky(gram)
-    return jnp.swapaxes(
-        jax.scipy.linalg.solve_triangular(factor, jnp.swapaxes(U, -1, -2), lower=True), -1, -2
-    )
+    factor = jnp.linalg.cholesky(_matmul(_transpose(U), U))
+    return _transpose(jax.scipy.linalg.solve_triangular(factor, _transpose(U), lower=True))
 
 
 def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _transpose(a: Array) -> Array:
+    return jnp.swapaxes(a, -1, -2)

@@ -7,6 +7,7 @@ pure function of parameters and plan, so it runs under jit, vmap over alpha and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -263,19 +264,28 @@ def _plan_leaf(
     shape = tuple(kernel.shape)
     sides: tuple[Side, Side] = ("output", "input")
     side = min(sides, key=lambda s: axes.dim(shape, s)) if spec.side == "auto" else spec.side
-    with jax.enable_x64(True):  # only so that a float64 leaf stays float64
-        matrix = axes.to_matrix(jnp.asarray(kernel), side)
+    with jax.enable_x64(True):  # so that a float64 leaf stays float64
+        matrix, norms, largest = _look(jnp.asarray(kernel), axes, side)
     rest, d = matrix.shape[-2:]
     if spec.k > min(rest, d):
         raise SpecError(
             f"'{name}': k = {spec.k} exceeds min(m, n) = {min(rest, d)} of its shape {shape}; choose a smaller k."
         )
-    if not bool(jnp.isfinite(matrix).all()):
+    if not math.isfinite(float(largest)):
         raise LeafError(f"'{name}' holds NaN or Inf; repair the checkpoint before deforming it.")
     found = _subspace(name, matrix, spec, key)
-    energy = _energy_share(matrix, found.singular_values)
-    largest = float(jnp.max(jnp.abs(matrix)))
-    check_budget(name, matrix.dtype, spec.basis, spec.alpha, spec.budget, energy=energy, largest=largest)
+    share = np.linalg.norm(np.asarray(found.singular_values, float), axis=-1) / np.maximum(
+        np.asarray(norms), np.finfo(float).tiny
+    )
+    check_budget(
+        name,
+        matrix.dtype,
+        spec.basis,
+        spec.alpha,
+        spec.budget,
+        energy=min(float(np.max(share)), 1.0),
+        largest=float(largest),
+    )
     return Layer(
         U=found.U,
         alpha=jnp.asarray(spec.alpha, jnp.result_type(float)),
@@ -324,18 +334,18 @@ def _directions(
     return find(matrix, spec.k, tol=spec.tol, key=key)
 
 
-def _energy_share(matrix: Array, singular_values: Array) -> float:
-    """Return the largest ||S_k||_F / ||S||_F over a stack; 0 for a zero matrix."""
-    with jax.enable_x64(True):
-        total = jnp.sqrt(jnp.sum(jnp.square(matrix.astype(jnp.float64)), axis=(-2, -1)))
-        kept = jnp.sqrt(jnp.sum(jnp.square(singular_values.astype(jnp.float64)), axis=-1))
-        return float(jnp.max(jnp.where(total > 0, kept / jnp.where(total > 0, total, 1.0), 0.0)))
+@functools.partial(jax.jit, static_argnames=("axes", "side"))
+def _look(kernel: Array, axes: KernelAxes, side: Side) -> tuple[Array, Array, Array]:
+    """Return the kernel as a matrix, its Frobenius norm(s), and its largest magnitude (NaN if any is)."""
+    matrix = axes.to_matrix(kernel, side)
+    norms = jnp.sqrt(jnp.sum(jnp.square(matrix.astype(jnp.float64)), axis=(-2, -1)))
+    return matrix, norms, jnp.max(jnp.abs(matrix))
 
 
 def _deform_leaf(name: str, kernel: Array, layer: Layer) -> Deformed:
-    """Build the pair of one kernel in float64 and round it once to the kernel's dtype."""
+    """Check that a kernel is the one planned for, and replace it by its pair."""
     axes, side = layer.axes, layer.side
-    shape = tuple(jnp.shape(kernel))
+    shape = tuple(np.shape(kernel))
     d, stack = layer.U.shape[-2], layer.U.shape[:-2]
     if len(shape) != len(axes.stack + axes.window + axes.inputs + axes.outputs) or (
         axes.dim(shape, side) != d or tuple(shape[i] for i in axes.stack) != stack
@@ -344,13 +354,23 @@ def _deform_leaf(name: str, kernel: Array, layer: Layer) -> Deformed:
             f"'{name}' has shape {shape}, but was planned with {d} features on the {side} side and "
             f"stack {stack}; plan on the same tree."
         )
-    dtype = kernel.dtype
     with jax.enable_x64(True):
-        matrix = axes.to_matrix(jnp.asarray(kernel), side)
-        weight, comp = build_pair(matrix, layer.U, layer.alpha, layer.basis)
-        weight = axes.from_matrix(weight, shape, side).astype(dtype)
-        comp = (comp if side == "output" else jnp.swapaxes(comp, -1, -2)).astype(dtype)
+        weight, comp = _pair_of(jnp.asarray(kernel), layer)
     return Deformed(weight, comp, side, axes)
+
+
+@jax.jit
+def _pair_of(kernel: Array, layer: Layer) -> tuple[Array, Array]:
+    """Build the pair in float64 and round it once to the kernel's dtype."""
+    axes, side = layer.axes, layer.side
+
+    def turn(matrix: Array) -> Array:  # (rest, d) <-> the orientation of the side
+        return matrix if side == "output" else jnp.swapaxes(matrix, -1, -2)
+
+    matrix = turn(axes.to_matrix(kernel, side))
+    weight, comp = build_pair(matrix, layer.U, layer.alpha, layer.basis, side)
+    weight = axes.from_matrix(turn(weight), kernel.shape, side)
+    return weight.astype(kernel.dtype), comp.astype(kernel.dtype)
 
 
 def _positive(name: str, value: float) -> None:

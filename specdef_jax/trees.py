@@ -19,8 +19,7 @@ from specdef_jax.errors import StructureError
 
 def inner(a: PyTree, b: PyTree) -> Scalar:
     """Return the Euclidean inner product of two real trees of the same structure."""
-    products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
-    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+    return jax.tree.reduce(jnp.add, jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
 
 
 def norm(a: PyTree) -> Scalar:
@@ -92,7 +91,7 @@ def map_named(
 def check_same_structure(expected: PyTree, found: PyTree, what: str) -> None:
     """Raise StructureError, naming the first leaf that differs in path or shape."""
     a, b = dict(named_leaves(expected)), dict(named_leaves(found))
-    for name in a.keys() | b.keys():
+    for name in [*a, *(b.keys() - a.keys())]:
         if name not in b:
             raise StructureError(f"{what}: leaf '{name}' is missing; pass a tree with the same leaves.")
         if name not in a:

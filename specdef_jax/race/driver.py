@@ -148,7 +148,7 @@ def run_problems(
         runs = make(grids[name])
         if lanes is None:
             lanes = _probe(runs, factory, eval_every)
-        report = None if progress is None else lambda n, done=done: progress(done + n, total)
+        report = None if progress is None else functools.partial(_report_on, progress, done, total)
         results, compile_s, run_s = _race_one(runs, factory, eval_every, lanes, report)
         collected.append([x.reshape(grids[name].size, seeds, *x.shape[1:]) for x in results])
         compiling, running, done = compiling + compile_s, running + run_s, done + grids[name].size * seeds
@@ -250,6 +250,7 @@ def _race_one(
     compiled = _compile(parts[0], factory, eval_every, lanes)
     compile_seconds = time.perf_counter() - begin
     done = np.zeros(len(shares), int)
+    x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
 
     def drive(i: int) -> runner.Results:
         def count(n: int) -> None:
@@ -257,7 +258,8 @@ def _race_one(
             if report is not None and i == 0:
                 report(int(done.sum()))
 
-        return _drive(parts[i], compiled, count)
+        with jax.enable_x64(x64):
+            return _drive(parts[i], compiled, count)
 
     begin = time.perf_counter()
     with ThreadPoolExecutor(len(shares)) as pool:
@@ -356,6 +358,10 @@ def _seconds_per_step(
         jax.block_until_ready(move(state, runs, iterations))
         best = min(best, time.perf_counter() - clock)
     return best / (lanes * int(iterations))
+
+
+def _report_on(progress: Report, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def _check_count(name: str, n: int) -> None:

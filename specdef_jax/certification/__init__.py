@@ -1,0 +1,145 @@
+"""Certify the embedded default: preservation, curvature, races and attacks in one results.json."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from specdef_jax.certification import stages
+from specdef_jax.certification.config import Config
+from specdef_jax.certification.stages import Progress
+from specdef_jax.certification.store import SCHEMA, dumps, loads, plain, staged
+from specdef_jax.environment import describe
+from specdef_jax.errors import FileError
+from specdef_jax.files import atomic_write_text
+from specdef_jax.report import render
+from specdef_jax.tasks import digits
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Certification", "Config", "Progress", "certify", "load_results"]
+
+
+@dataclass(frozen=True)
+class Certification:
+    """Everything that was measured, as the plain values of results.json (docs/results-schema.md)."""
+
+    results: dict[str, Any]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every certificate of preservation and curvature held."""
+        return bool(self.results["preservation"]["holds"] and self.results["curvature"]["holds"])
+
+    def to_json(self, path: Path | None = None) -> str:
+        """Return results.json, and write it where a path is given."""
+        text = dumps(self.results)
+        if path is not None:
+            atomic_write_text(Path(path), text)
+        return text
+
+    def to_html(self, path: Path | None = None) -> str:
+        """Return the self-contained report, and write it where a path is given.
+
+        Raises:
+          MissingExtra: the extra `cli` is not installed.
+        """
+        text = render(self.results)
+        if path is not None:
+            atomic_write_text(Path(path), text)
+        return text
+
+
+def certify(
+    out: Path | str | None = None,
+    config: Config | None = None,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Certification:
+    """Certify an MLP on handwritten digits, attacked by fine-tuning to a shifted labelling.
+
+    Args:
+      out: directory for results.json, report.html and finished stages, from which a rerun with the
+        same config and commit resumes; None keeps everything in memory.
+      config: settings; None for the default ones (two minutes on two cores).
+      fresh: ignore finished stages.
+      progress: progress(stage, done, total).
+
+    Returns:
+      A Certification.
+
+    Raises:
+      MissingExtra: the extra `cli` is not installed.
+      FileError: the directory cannot be written.
+    """
+    config = config or Config()
+    out = None if out is None else Path(out)
+    if out is not None:
+        _prepare(out)
+    tell = progress or (lambda stage, done, total: None)
+    with jax.enable_x64(True):
+        tell("pretraining", 0, 1)
+        task = _task(config, 0)
+        tell("pretraining", 1, 1)
+        keep = functools.partial(staged, out, config, fresh=fresh)
+        results = {
+            "task": keep("task", lambda: stages.task_facts(task, config)),
+            "preservation": keep("preservation", lambda: stages.preserved(task, config, tell)),
+            "curvature": keep("curvature", lambda: stages.curved(task, config, tell)),
+            "race": stages.raced(task, _task(config, config.seeds), config, tell, keep),
+        }
+    header = {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": asdict(config),
+        "environment": describe(),
+    }
+    certification = Certification(plain(header | results))
+    if out is not None:
+        certification.to_json(out / "results.json")
+        certification.to_html(out / "report.html")
+    return certification
+
+
+def load_results(path: Path | str) -> Certification:
+    """Read a results.json.
+
+    Raises:
+      FileError: the file is missing, no JSON, or of another schema version.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}. Run specdef certify first.") from error
+    results = loads(text, str(path))
+    found = results.get("schema") if isinstance(results, dict) else None
+    if found != SCHEMA:
+        raise FileError(
+            f"{path} has schema version {found!r}, this version reads {SCHEMA}; run specdef certify again."
+        )
+    return Certification(results)
+
+
+def _task(config: Config, first_seed: int) -> Any:
+    return digits.task(
+        config.seeds,
+        first_seed=config.seed + first_seed,
+        examples=config.examples,
+        widths=config.widths,
+        target=config.target,
+    )
+
+
+def _prepare(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{out} cannot be a results directory: {error.strerror}; choose another.") from error

@@ -1,0 +1,78 @@
+"""What a certification computes; every number of it is in results.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdef_jax.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a certification of the embedded default.
+
+    Attributes:
+      size: name of the preset these settings came from.
+      seeds: pretrained networks.
+      alphas: deformations raced with top directions, ascending, starting at 1.
+      k: directions per layer.
+      widths: layer widths of the MLP.
+      examples: size of the attacker's data set.
+      target: attacker's loss to reach, in nats.
+      steps: cap on steps of a run.
+      decades, per_decade: grid of step sizes around 2 / lambda_max as measured.
+      error_alphas: alphas at which preservation is measured, in each number format.
+      eigenvalues: how many leading eigenvalues the spectra show.
+      seed: of every random choice.
+    """
+
+    size: str = "default"
+    seeds: int = 5
+    alphas: tuple[float, ...] = (1.0, 4.0, 16.0)
+    k: int = 1
+    widths: tuple[int, ...] = (64, 32, 32, 10)
+    examples: int = 128
+    target: float = 0.1
+    steps: int = 3000
+    decades: float = 7.0
+    per_decade: int = 2
+    error_alphas: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 8192.0, 65536.0)
+    eigenvalues: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.alphas or self.alphas[0] != 1 or list(self.alphas) != sorted(set(self.alphas)):
+            raise SpecError(f"alphas = {self.alphas}: give ascending values that start at 1, the baseline.")
+
+    @classmethod
+    def preset(cls, size: str) -> Config:
+        """Return the settings called "smoke" (tests), "default" or "full".
+
+        Raises:
+          SpecError: no such preset.
+        """
+        presets = {
+            "smoke": cls(
+                size="smoke",
+                seeds=2,
+                alphas=(1.0, 4.0),
+                widths=(64, 8, 8, 10),
+                examples=32,
+                target=1.0,
+                steps=120,
+                per_decade=1,
+                error_alphas=(1.0, 16.0),
+                eigenvalues=4,
+            ),
+            "default": cls(),
+            "full": cls(
+                size="full",
+                seeds=10,
+                alphas=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0),
+                steps=8000,
+                per_decade=4,
+            ),
+        }
+        if size not in presets:
+            raise SpecError(f"size {size!r}: must be one of {', '.join(presets)}.")
+        return presets[size]
