@@ -20,8 +20,9 @@ import scipy.fft
 import scipy.linalg
 from harness import paired, save, seconds
 
+from specdef_jax.block_iteration import block_size
 from specdef_jax.specdef import SpecDef, deform, plan
-from specdef_jax.subspace import Status, block_size, top_subspace
+from specdef_jax.subspace import Status, top_subspace
 
 BARS = {
     "residual": 1e-2,

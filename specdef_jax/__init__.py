@@ -7,6 +7,7 @@ hold the rest. sd.certify and sd.load_results need the extra `cli`.
 """
 
 from specdef_jax import attacks, bounds, curvature, race, select, tasks
+from specdef_jax.certification import Certification, certify, load_results
 from specdef_jax.errors import (
     BudgetError,
     FileError,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "Certification",
     "Deformed",
     "FileError",
     "KernelAxes",
@@ -52,9 +54,11 @@ __all__ = [
     "attacks",
     "bit_identical",
     "bounds",
+    "certify",
     "curvature",
     "deform",
     "layered",
+    "load_results",
     "merge",
     "plan",
     "preservation",

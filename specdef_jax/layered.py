@@ -2,7 +2,7 @@
 
 The network is traced with plain abstract kernels, so any framework works (Flax Linen, NNX split and
 merge, Equinox, plain functions); the jaxpr is then evaluated with `View`s of the two factors where
-the kernels were (rules in layered_rules.py).
+the kernels were (layered_views.py, layered_rules.py).
 """
 
 from __future__ import annotations
@@ -17,17 +17,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from specdef_jax.layered_rules import (
-    MERGE,
-    REARRANGE,
-    View,
-    bind,
-    conv_general_dilated,
-    dot_general,
-    rearrange,
-    refuse,
-    view_of,
-)
+from specdef_jax.layered_rules import conv_general_dilated, dot_general
+from specdef_jax.layered_views import MERGE, REARRANGE, View, bind, rearrange, refuse, view_of
 from specdef_jax.parametrization import Deformed, is_structured
 from specdef_jax.trees import path_name
 

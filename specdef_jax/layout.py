@@ -31,7 +31,7 @@ def axes_of(
     given = _axes_for(name, axes) if isinstance(axes, Mapping) else axes
     rank = len(shape)
     if given is not None:
-        found = given if isinstance(given, KernelAxes) else _from_pair(given, rank)
+        found = given if isinstance(given, KernelAxes) else _from_pair(name, given, rank)
         if len(found.stack + found.window + found.inputs + found.outputs) != rank:
             raise SpecError(f"'{name}' has shape {shape}, but axes {found} name another number of axes.")
         return found
@@ -57,9 +57,12 @@ def _axes_for(name: str, axes: Mapping[str, AxesLike]) -> AxesLike | None:
     return None
 
 
-def _from_pair(pair: tuple[Sequence[int], Sequence[int]], rank: int) -> KernelAxes:
+def _from_pair(name: str, pair: tuple[Sequence[int], Sequence[int]], rank: int) -> KernelAxes:
     try:
-        inputs, outputs = (tuple(int(i) % rank for i in part) for part in pair)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise SpecError(f"axes {pair!r}: give a pair (input axes, output axes) of integers.") from error
+        inputs, outputs = (tuple(range(rank)[i] for i in part) for part in pair)
+    except (TypeError, ValueError, IndexError) as error:
+        raise SpecError(
+            f"axes {pair!r} of '{name}': give a pair (input axes, output axes) of integers from -{rank} "
+            f"to {rank - 1}."
+        ) from error
     return KernelAxes(inputs, outputs, stack=tuple(i for i in range(rank) if i not in inputs + outputs))

@@ -70,9 +70,7 @@ class KernelAxes:
         inverse = tuple(order.index(i) for i in range(len(order)))
         return matrix.reshape(tuple(shape[i] for i in order)).transpose(inverse)
 
-    def _matrix_layout(
-        self, shape: tuple[int, ...], side: Side
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _matrix_layout(self, shape: tuple[int, ...], side: Side) -> tuple[tuple[int, ...], tuple[int, ...]]:
         other = self.inputs if side == "output" else self.outputs
         rest, features = self.window + other, self.features(side)
         stack = tuple(shape[i] for i in self.stack)
@@ -102,7 +100,7 @@ class Deformed:
     axes: KernelAxes = field(metadata={"static": True})
 
     def materialize(self) -> Float[Array, "..."]:
-        """Return the plain kernel, in the shape and dtype of `weight`."""
+        """Return the plain kernel, in the shape of `weight` and the dtype that both factors promote to."""
         matrix = self.axes.to_matrix(self.weight, self.side)
         right = self.comp if self.side == "output" else jnp.swapaxes(self.comp, -1, -2)
         product = full_precision_matmul(matrix, right)
@@ -145,9 +143,7 @@ def full_precision_matmul(a: Array, b: Array) -> Array:
     """
     dtype = jnp.result_type(a, b)
     accumulator = jnp.promote_types(dtype, jnp.float32)
-    product = jnp.matmul(
-        a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator
-    )
+    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator)
     return product.astype(dtype)
 
 

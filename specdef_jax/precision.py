@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -123,11 +124,25 @@ def pair_error_bound(
     # n + p + 2: the residual, and the reference h W that the caller computed in float64.
     wide = gamma(n + p + 2, unit_roundoff(jnp.dtype(jnp.float64)))
     storage = np.abs(plain - first @ second) + wide * (np.abs(first) @ np.abs(second) + np.abs(plain))
-    # One smallest normal per stored result covers flushing of subnormal values to zero.
-    tiny = float(jnp.finfo(form.dtype).tiny)
-    underflow = tiny * ((1 + e2) * np.abs(second).sum(axis=0) + 1)
+    # First product: flushed values reach the result through B; second: its operands are |h A| and B.
+    inner = _flushed(form, np.abs(h), np.abs(first))
+    middle = (1 + e1) * (np.abs(h) @ np.abs(first)) + inner
+    underflow = (1 + e2) * (inner @ np.abs(second)) + _flushed(form, middle, np.abs(second))
     # The bound itself is evaluated in float64: its relative error is far below this factor.
     return (((1 + e1) * (1 + e2) - 1) * magnitude + np.abs(h) @ storage + underflow) * (1 + 1e-10)
+
+
+def _flushed(
+    form: Format, left: Float[np.ndarray, "batch n"], right: Float[np.ndarray, "n p"]
+) -> Float[np.ndarray, "batch p"]:
+    """Bound what flushing subnormal numbers to zero costs a product of factors of these magnitudes.
+
+    At most one smallest normal per stored result, per multiplication and addition of the accumulator,
+    and per operand, times what it is multiplied with.
+    """
+    stored, summed = (float(jnp.finfo(dtype).tiny) for dtype in (form.dtype, form.accumulator))
+    operands = left.sum(axis=1, keepdims=True) + right.sum(axis=0)
+    return stored + summed * (2 * len(right) + operands)
 
 
 def rule_of_thumb(unit: float, growth: float) -> float:
@@ -165,7 +180,12 @@ def alpha_max(
       budget: largest relative error for isotropic inputs, by the rule of thumb.
       energy: ||S_k||_F / ||S||_F of the layer, 1 at worst.
       largest: largest |entry| of the undeformed weight.
+
+    Raises:
+      SpecError: no such format or basis.
     """
+    if basis not in get_args(Basis):
+        raise SpecError(f"basis {basis!r} is unknown; use one of {', '.join(get_args(Basis))}.")
     form = as_format(dtype)
     info = jnp.finfo(form.dtype)
     in_range = min(float(info.max) / max(largest, float(info.tiny)), 1 / float(info.tiny))
@@ -187,12 +207,18 @@ def check_budget(
     largest: float,
 ) -> None:
     """Raise BudgetError when alpha is beyond what the storage dtype can carry."""
+    # Below 1 the roles are swapped: comp grows, and what it amplifies is rounding, which has no direction.
+    factor, energy = (alpha, energy) if alpha >= 1 else (1 / alpha, 1.0)
     limit = alpha_max(dtype, basis, budget, energy=energy, largest=largest)
-    if max(alpha, 1 / alpha) <= limit:
+    if factor <= limit:
         return
-    expected = rule_of_thumb(unit_roundoff(dtype), norm_growth(alpha, energy))
+    beyond = f"'{path}': alpha = {alpha:g} in {dtype} with basis '{basis}' is beyond alpha_max = {limit:.3g}"
+    if factor > alpha_max(dtype, basis, math.inf, largest=largest):
+        raise BudgetError(
+            f"{beyond}: a factor would leave the range of {dtype}. Use a wider dtype or a smaller alpha."
+        )
+    expected = rule_of_thumb(unit_roundoff(dtype), norm_growth(factor, energy))
     raise BudgetError(
-        f"'{path}': alpha = {alpha:g} in {dtype} with basis '{basis}' is beyond alpha_max = {limit:.3g} "
-        f"(expected relative error {expected:.2g}, budget {budget:g}). Use a wider dtype, the axis or "
-        "rotated basis, a smaller alpha, or a larger SpecDef(budget=...)."
+        f"{beyond} (expected relative error {expected:.2g}, budget {budget:g}). Use a wider dtype, the "
+        "axis or rotated basis, a smaller alpha, or a larger SpecDef(budget=...)."
     )

@@ -6,24 +6,27 @@ from collections.abc import Callable, Sequence
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from specdef_jax.errors import SpecError
-from specdef_jax.layered_rules import bind
+from specdef_jax.layered_views import bind
 from specdef_jax.precision import Format
 
-PRODUCTS = ("dot_general", "conv_general_dilated")
+PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 INLINED = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
 
 
-def round_products(fn: Callable[..., Array], form: Format) -> Callable[..., Array]:
+def round_products(fn: Callable[..., PyTree], form: Format) -> Callable[..., PyTree]:
     """Return fn with the operands of every matrix product and convolution rounded as `form` does.
 
     An emulation, for CPUs, of accelerators that run float32 products in TF32: the equations of fn
-    are evaluated one by one; products inside control flow (scan, while, cond) are refused.
+    are evaluated one by one. Operands of another dtype than the format's stay as they are.
+
+    Raises:
+      SpecError: (when called) a product stands inside control flow (scan, while, cond, checkpoint).
     """
 
-    def rounded(*args: Array) -> Array:
+    def rounded(*args: PyTree) -> PyTree:
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
         outputs = _eval_rounded(closed.jaxpr, closed.consts, jax.tree.leaves(args), form)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
@@ -31,16 +34,14 @@ def round_products(fn: Callable[..., Array], form: Format) -> Callable[..., Arra
     return rounded
 
 
-def _eval_rounded(
-    jaxpr: Jaxpr, consts: Sequence[Array], args: Sequence[Array], form: Format
-) -> list[Array]:
+def _eval_rounded(jaxpr: Jaxpr, consts: Sequence[Array], args: Sequence[Array], form: Format) -> list[Array]:
     env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
         if eqn.primitive.name in PRODUCTS:
-            out = bind(eqn, [form.round_operand(v) for v in values])
+            out = bind(eqn, [form.round_operand(v) if v.dtype == form.dtype else v for v in values])
         elif eqn.primitive.name in INLINED:
+            inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
             out = _eval_rounded(inner.jaxpr, inner.consts, values, form)
         elif _has_products(eqn):
             raise SpecError(f"products inside '{eqn.primitive.name}' cannot be rounded; unroll it first.")

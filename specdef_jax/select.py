@@ -31,16 +31,13 @@ class Candidate:
     @property
     def is_matrix(self) -> bool:
         """Whether the leaf can be the kernel of a linear map, going by name, rank and dtype."""
-        return (
-            len(self.shape) >= 2
-            and jnp.issubdtype(self.dtype, jnp.floating)
-            and not self.is_embedding
-        )
+        return len(self.shape) >= 2 and jnp.issubdtype(self.dtype, jnp.floating) and not self.is_embedding
 
     @property
     def is_embedding(self) -> bool:
         """Whether the name says that the leaf is looked up, not multiplied."""
-        return any("embed" in part.lower() for part in self.name.split("/")[-2:])
+        *_, parent, leaf = "", *re.split(r"[/.]", self.name)
+        return "embed" in leaf.lower() or ("embed" in parent.lower() and leaf != "kernel")
 
 
 Choice = Callable[[Sequence[Candidate], PRNGKeyArray], Sequence[Candidate]]
@@ -83,7 +80,7 @@ def match(*globs: str) -> Selector:
     """Select leaves whose name matches one of the globs.
 
     Names join tree keys by "/"; NNX's ".value" is dropped. "*" and "?" stay within one component,
-    "**" crosses components, and a leading "**/" is implied.
+    "**" crosses components, and a leading "**/" is implied. "[ab]" and "[!ab]" are one character.
 
     Example:
       >>> match("dense_*/kernel").description
@@ -147,7 +144,10 @@ def _pattern(glob: str) -> re.Pattern[str]:
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", glob, flags=re.DOTALL):
         special = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
         if token.startswith("[") and len(token) > 1:
-            translated.append(token)
+            translated.append(token.replace("[!", "[^", 1))
         else:
             translated.append(special.get(token, re.escape(token)))
-    return re.compile("(?:[^/]+/)*" + "".join(translated))
+    try:
+        return re.compile("(?:[^/]+/)*" + "".join(translated))
+    except re.error as error:
+        raise SelectionError(f"match({glob!r}): not a glob ({error}); mend its [...].") from error

@@ -11,11 +11,13 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from specdef_jax import select, subspace, trees
@@ -23,7 +25,7 @@ from specdef_jax.errors import LeafError, SelectionError, SpecError, StructureEr
 from specdef_jax.layout import AxesLike, axes_of
 from specdef_jax.pair import Basis, build_pair
 from specdef_jax.parametrization import Deformed, KernelAxes, Side, is_structured
-from specdef_jax.precision import check_budget
+from specdef_jax.precision import FORMATS, check_budget
 
 Directions = Literal["top", "bottom", "random"] | Array | np.ndarray
 
@@ -58,9 +60,9 @@ class SpecDef:
     def __post_init__(self) -> None:
         _positive("alpha", self.alpha)
         _positive("tol", self.tol)
-        if math.isnan(self.budget) or self.budget <= 0:
+        if not isinstance(self.budget, Real) or not self.budget > 0:
             raise SpecError(f"budget = {self.budget}: must be positive (math.inf accepts any error).")
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if isinstance(self.k, bool) or not isinstance(self.k, int | np.integer) or self.k < 1:
             raise SpecError(f"k = {self.k!r}: the number of directions must be an integer >= 1.")
         _one_of("basis", self.basis, get_args(Basis))
         _one_of("side", self.side, ("auto", "output", "input"))
@@ -128,7 +130,13 @@ class Plan:
         return iter(self.layers.items())
 
     def with_alpha(self, alpha: float | Float[Array, ""]) -> Plan:
-        """Return the same plan at another alpha (a traced scalar under vmap is fine)."""
+        """Return the same plan at another alpha (a traced scalar under vmap is fine), any budget accepted.
+
+        Raises:
+          SpecError: alpha is known, and not positive and finite.
+        """
+        if not isinstance(alpha, Tracer):
+            _positive("alpha", float(alpha))
         return Plan(
             {
                 path: replace(layer, alpha=jnp.asarray(alpha, layer.alpha.dtype))
@@ -182,12 +190,13 @@ def plan(
 def apply_plan(params: PyTree, plan: Plan) -> PyTree:
     """Replace every planned kernel by its Deformed pair.
 
-    Pure: works under jit, vmap (for instance over plan.with_alpha) and any sharding. The pair is
-    built in float64 and rounded once to the kernel's dtype.
+    Pure: works under jit, vmap (for instance over plan.with_alpha) and any sharding, which the
+    weights keep (under the caller's jit, its out_shardings decide). The pair is built in float64 and
+    rounded once to the kernel's dtype.
 
     Raises:
-      StructureError: the plan names a leaf that `params` does not have, or of another shape.
-      LeafError: a planned leaf is deformed already.
+      StructureError: the plan names a leaf that `params` does not have, or with other features.
+      LeafError: a planned leaf is deformed already, or of a dtype that cannot be deformed.
     """
     missing = set(plan.layers)
 
@@ -237,11 +246,8 @@ def _chosen(leaves: dict[str, Any], selector: select.Selector, key: PRNGKeyArray
     for candidate in chosen:
         if is_structured(leaves[candidate.name]):
             raise LeafError(f"'{candidate.name}' is deformed already; merge it first (sd.merge).")
-        if len(candidate.shape) >= 2 and not jnp.issubdtype(candidate.dtype, jnp.floating):
-            raise LeafError(
-                f"'{candidate.name}' has dtype {candidate.dtype}: integer, quantized and complex tensors "
-                "cannot be deformed; dequantize it to a floating dtype first."
-            )
+        if len(candidate.shape) >= 2:
+            _check_dtype(candidate.name, candidate.dtype)
     matrices = [c.name for c in chosen if c.is_matrix]
     if not matrices:
         refused = ", ".join(f"'{c.name}' {c.shape}" for c in chosen[:5])
@@ -252,16 +258,24 @@ def _chosen(leaves: dict[str, Any], selector: select.Selector, key: PRNGKeyArray
     return matrices
 
 
+def _check_dtype(name: str, dtype: Any) -> None:
+    if str(dtype) not in FORMATS:
+        raise LeafError(
+            f"'{name}' has dtype {dtype}: integer, quantized and complex tensors cannot be deformed; "
+            "dequantize it to float16, bfloat16, float32 or float64 first."
+        )
+
+
 def _candidate(name: str, leaf: Any) -> select.Candidate:
     array = leaf.weight if isinstance(leaf, Deformed) else leaf
-    dtype = getattr(array, "dtype", np.asarray(array).dtype)
+    dtype = array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
     return select.Candidate(name, tuple(np.shape(array)), dtype)
 
 
-def _plan_leaf(
-    name: str, kernel: Any, axes: KernelAxes, spec: SpecDef, key: PRNGKeyArray
-) -> Layer:
+def _plan_leaf(name: str, kernel: Any, axes: KernelAxes, spec: SpecDef, key: PRNGKeyArray) -> Layer:
     shape = tuple(kernel.shape)
+    if not math.prod(shape):
+        raise LeafError(f"'{name}' has shape {shape}, which holds no entries; select another leaf.")
     sides: tuple[Side, Side] = ("output", "input")
     side = min(sides, key=lambda s: axes.dim(shape, s)) if spec.side == "auto" else spec.side
     with jax.enable_x64(True):  # so that a float64 leaf stays float64
@@ -269,7 +283,8 @@ def _plan_leaf(
     rest, d = matrix.shape[-2:]
     if spec.k > min(rest, d):
         raise SpecError(
-            f"'{name}': k = {spec.k} exceeds min(m, n) = {min(rest, d)} of its shape {shape}; choose a smaller k."
+            f"'{name}': k = {spec.k} exceeds min(m, n) = {min(rest, d)} of its shape {shape}; "
+            "choose a smaller k."
         )
     if not math.isfinite(float(largest)):
         raise LeafError(f"'{name}' holds NaN or Inf; repair the checkpoint before deforming it.")
@@ -305,22 +320,20 @@ def _subspace(name: str, matrix: Array, spec: SpecDef, key: PRNGKeyArray) -> sub
     keys = jax.random.split(key, len(flat))
     given = None
     if not isinstance(spec.directions, str):
-        given = jnp.broadcast_to(spec.directions, (*stack, *spec.directions.shape[-2:]))
-        if given.shape[-2:] != (matrix.shape[-1], spec.k):
+        expected, shape = (matrix.shape[-1], spec.k), spec.directions.shape
+        if shape not in (expected, (*stack, *expected)):
             raise SpecError(
-                f"'{name}': directions have shape {spec.directions.shape}, "
-                f"expected (features, k) = {(matrix.shape[-1], spec.k)}."
+                f"'{name}': directions have shape {shape}, give an array (features, k) = {expected}"
+                + (f", or {(*stack, *expected)} for one per layer." if stack else ".")
             )
-        given = given.reshape(-1, *given.shape[-2:])
+        given = jnp.broadcast_to(spec.directions, (*stack, *expected)).reshape(-1, *expected)
     found = []
     for i, (one, one_key) in enumerate(zip(flat, keys, strict=True)):
         found.append(_directions(one, spec, None if given is None else given[i], one_key))
     return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*stack, *parts[0].shape), *found)
 
 
-def _directions(
-    matrix: Array, spec: SpecDef, given: Array | None, key: PRNGKeyArray
-) -> subspace.Subspace:
+def _directions(matrix: Array, spec: SpecDef, given: Array | None, key: PRNGKeyArray) -> subspace.Subspace:
     if given is not None:
         return subspace.given_subspace(matrix, given)
     if spec.basis == "axis":
@@ -346,6 +359,7 @@ def _deform_leaf(name: str, kernel: Array, layer: Layer) -> Deformed:
     """Check that a kernel is the one planned for, and replace it by its pair."""
     axes, side = layer.axes, layer.side
     shape = tuple(np.shape(kernel))
+    _check_dtype(name, kernel.dtype)
     d, stack = layer.U.shape[-2], layer.U.shape[:-2]
     if len(shape) != len(axes.stack + axes.window + axes.inputs + axes.outputs) or (
         axes.dim(shape, side) != d or tuple(shape[i] for i in axes.stack) != stack
@@ -356,6 +370,10 @@ def _deform_leaf(name: str, kernel: Array, layer: Layer) -> Deformed:
         )
     with jax.enable_x64(True):
         weight, comp = _pair_of(jnp.asarray(kernel), layer)
+        concrete = isinstance(kernel, jax.Array) and not isinstance(weight, Tracer)
+        if concrete and not weight.sharding.is_equivalent_to(kernel.sharding, kernel.ndim):
+            # XLA may have gathered what a rotation mixes; the pair is stored as the kernel was.
+            weight = jax.device_put(weight, kernel.sharding)
     return Deformed(weight, comp, side, axes)
 
 
@@ -373,8 +391,8 @@ def _pair_of(kernel: Array, layer: Layer) -> tuple[Array, Array]:
     return weight.astype(kernel.dtype), comp.astype(kernel.dtype)
 
 
-def _positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise SpecError(f"{name} = {value!r}: must be a number.")
     if not math.isfinite(value) or value <= 0:
         raise SpecError(f"{name} = {value}: must be positive and finite.")

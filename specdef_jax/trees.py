@@ -71,17 +71,13 @@ def _key_name(entry: Any) -> str:
     return str(entry)
 
 
-def named_leaves(
-    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
-) -> list[tuple[str, Any]]:
+def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
     """Return (name, leaf) for every leaf, names joined by "/"."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(path_name(path), leaf) for path, leaf in pairs]
 
 
-def map_named(
-    fn: Callable[..., Any], tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
-) -> PyTree:
+def map_named(fn: Callable[..., Any], tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> PyTree:
     """Map fn(name, leaf) over the leaves of a tree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: fn(path_name(path), leaf), tree, is_leaf=is_leaf
@@ -99,5 +95,6 @@ def check_same_structure(expected: PyTree, found: PyTree, what: str) -> None:
         shape_a, shape_b = jnp.shape(a[name]), jnp.shape(b[name])
         if shape_a != shape_b:
             raise StructureError(
-                f"{what}: leaf '{name}' has shape {shape_b}, expected {shape_a}; pass a tree with the same shapes."
+                f"{what}: leaf '{name}' has shape {shape_b}, expected {shape_a}; "
+                "pass a tree with the same shapes."
             )

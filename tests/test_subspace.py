@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdef_jax import subspace
+from specdef_jax import block_iteration
 from specdef_jax.errors import LeafError, SpecError
 from specdef_jax.subspace import (
     Status,
@@ -273,7 +273,7 @@ def test_works_without_x64_in_the_caller():
 
 
 def test_same_shape_compiles_once():
-    for search, find in ((subspace._top, top_subspace), (subspace._bottom, bottom_subspace)):
+    for search, find in ((block_iteration.top, top_subspace), (block_iteration.bottom, bottom_subspace)):
         search.clear_cache()
         for seed, tol in ((0, 1e-2), (1, 1e-3)):
             find(

@@ -76,15 +76,16 @@ def price(
       knowledge: what the attacker must know.
       conversion_seconds: as measured.
     """
-    held, base = trees.size(task), trees.size(plain)
+    # Arrays that the loss holds frozen count; read_back holds the same ones.
+    added = trees.size((task.params, task.loss)) - trees.size((plain.params, plain.loss))
     flops, plain_flops = gradient_flops(task, *args), gradient_flops(plain, *args)
     return Attack(
         name,
         task,
         Bill(
             knowledge=knowledge,
-            added_parameters=held - base,
-            added_share=(held - base) / base,
+            added_parameters=added,
+            added_share=added / trees.size(plain.params),
             added_flops=flops - plain_flops,
             added_flops_share=(flops - plain_flops) / plain_flops,
             conversion_seconds=conversion_seconds,

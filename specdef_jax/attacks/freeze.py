@@ -28,6 +28,9 @@ def freeze(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
       loss: loss(params, *args) of the plain network.
       deformed: the deformed tree.
       args: data of one step, for the bill.
+
+    Raises:
+      ProblemError: nothing is deformed.
     """
     begin = time.perf_counter()
     task = jax.block_until_ready(freeze_problem(loss, deformed, *args))
@@ -44,7 +47,8 @@ def freeze(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
 
 def freeze_problem(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Problem:
     """Return the trainable tree (plain leaves in place of pairs) with the compensations as data."""
-    pairs = split_pairs(deformed)
+    # The weights are trained: held once, in params.
+    pairs = {name: replace(pair, weight=None) for name, pair in split_pairs(deformed).items()}
     params = jax.tree.map(
         lambda leaf: leaf.weight if isinstance(leaf, Deformed) else leaf, deformed, is_leaf=is_structured
     )

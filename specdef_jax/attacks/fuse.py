@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from specdef_jax.attacks.bill import Attack, Knowledge, plain_problem, price
+from specdef_jax.attacks.freeze import split_pairs
 
 
 def fuse(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
@@ -19,10 +20,12 @@ def fuse(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
       loss: loss(params, *args) of the plain network.
       deformed: the deformed tree.
       args: data of one step, for the bill.
+
+    Raises:
+      ProblemError: nothing is deformed.
     """
+    split_pairs(deformed)
     begin = time.perf_counter()
     task = jax.block_until_ready(plain_problem(loss, deformed))
     seconds = time.perf_counter() - begin
-    return price(
-        "fuse", task, task, *args, knowledge=Knowledge.WHICH_LAYERS, conversion_seconds=seconds
-    )
+    return price("fuse", task, task, *args, knowledge=Knowledge.WHICH_LAYERS, conversion_seconds=seconds)

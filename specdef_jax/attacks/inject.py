@@ -28,6 +28,9 @@ def inject(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
       loss: loss(params, *args) of the plain network.
       deformed: the deformed tree.
       args: data of one step, for the bill.
+
+    Raises:
+      ProblemError: nothing is deformed.
     """
     begin = time.perf_counter()
     task = jax.block_until_ready(_problem(loss, deformed))

@@ -33,7 +33,7 @@ def phi(tree: PyTree, plan: Plan) -> PyTree:
       plan: directions and alphas.
 
     Raises:
-      StructureError: a planned leaf is not deformed.
+      StructureError: a planned leaf is missing, not deformed, or deformed by another plan.
     """
     return _scale_pairs(tree, plan, invert=False)
 
@@ -68,6 +68,11 @@ def _scale_pairs(tree: PyTree, plan: Plan, *, invert: bool) -> PyTree:
             return leaf
         if not isinstance(leaf, Deformed):
             raise StructureError(f"'{name}' is planned but not deformed; apply the plan first.")
+        if (leaf.side, leaf.axes) != (plan[name].side, plan[name].axes):
+            raise StructureError(
+                f"'{name}' is deformed on the {leaf.side} side, but planned on the {plan[name].side} side "
+                "or with other axes; pass the plan that it was deformed with."
+            )
         found.add(name)
         return _scale_pair(leaf, plan[name], invert=invert)
 

@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
 from specdef_jax import trees
+from specdef_jax.errors import StructureError
 from specdef_jax.parametrization import Problem, loss_on
 from specdef_jax.specdef import Layer, Plan
 
@@ -33,11 +34,17 @@ def fast_subspace(loss: Callable[..., Array], params: PyTree, plan: Plan, *args:
       params: plain parameters.
       plan: directions and alphas.
       args: data, to check the loss.
+
+    Raises:
+      StructureError: the plan names a leaf that `params` does not have as a plain array.
     """
     leaves = dict(trees.named_leaves(params))
-    start = {
-        path: jnp.zeros(layer.U.shape, jnp.result_type(leaves[path])) for path, layer in plan.items()
-    }
+    if missing := set(plan.layers) - set(leaves):
+        raise StructureError(
+            f"the plan names {sorted(missing)}, which are no plain leaves of the parameters; "
+            "plan on the same tree, or merge it first (sd.merge)."
+        )
+    start = {path: jnp.zeros(layer.U.shape, jnp.result_type(leaves[path])) for path, layer in plan.items()}
     as_partial = loss_on(loss, params, *args)
     return Problem(
         start,
@@ -60,6 +67,10 @@ def fast_subspace_loss(
     does not matter for the floor; it is set to 1.
 
     Args:
+      loss: loss(params, *args) of the plain network.
+      params: plain parameters.
+      plan: directions.
+      *args: data.
       steps: at most this many L-BFGS steps.
       tol: stop when the gradient norm falls below this.
     """
@@ -100,9 +111,7 @@ def _loss_in_fast_set(loss: Partial, params: PyTree, plan: Plan, B: PyTree, *arg
 
 
 def _move_in_fast_set(params: PyTree, plan: Plan, B: dict[str, Array]) -> PyTree:
-    return trees.map_named(
-        lambda name, leaf: _move(leaf, plan[name], B[name]) if name in B else leaf, params
-    )
+    return trees.map_named(lambda name, leaf: _move(leaf, plan[name], B[name]) if name in B else leaf, params)
 
 
 def _move(kernel: Array, layer: Layer, B: Array) -> Array:

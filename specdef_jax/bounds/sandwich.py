@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from specdef_jax.bounds.congruence import condition
 from specdef_jax.bounds.fast_subspace import fast_subspace
@@ -34,7 +34,7 @@ class Sandwich:
     allowance: Float[Array, ""]
     sigma_1: Float[Array, ""]
 
-    def holds(self, sharpness: Float[Array, ""] | float) -> Float[Array, ""]:
+    def holds(self, sharpness: Float[Array, ""] | float) -> Bool[Array, ""]:
         """Tell whether a measured sigma_1(H_a) lies between the two sides."""
         return (self.lower - self.allowance <= sharpness) & (sharpness <= self.upper + self.allowance)
 

@@ -49,8 +49,8 @@ def max_stable_step(
         "ema_nesterov": (2 + 2 * b) / ((1 - b) * (1 + 2 * b)),
     }[method]
     curvature = jnp.asarray(curvature)
-    positive = curvature > 0
-    return jnp.where(positive, numerator / jnp.where(positive, curvature, 1.0), jnp.inf)
+    flat = curvature <= 0  # and not ~(curvature > 0): a NaN stays one
+    return jnp.where(flat, jnp.inf, numerator / jnp.where(flat, 1.0, curvature))
 
 
 def max_stable_step_deformed(

@@ -15,6 +15,7 @@ from specdef_jax.certification import stages
 from specdef_jax.certification.config import Config
 from specdef_jax.certification.stages import Progress
 from specdef_jax.certification.store import SCHEMA, dumps, loads, plain, staged
+from specdef_jax.certification.summary import summary_rows
 from specdef_jax.environment import describe
 from specdef_jax.errors import FileError
 from specdef_jax.files import atomic_write_text
@@ -36,6 +37,10 @@ class Certification:
     def holds(self) -> bool:
         """Whether every certificate of preservation and curvature held."""
         return bool(self.results["preservation"]["holds"] and self.results["curvature"]["holds"])
+
+    def summary_rows(self) -> list[dict[str, str]]:
+        """Return the short table that the command prints."""
+        return summary_rows(self.results)
 
     def to_json(self, path: Path | None = None) -> str:
         """Return results.json, and write it where a path is given."""

@@ -50,9 +50,7 @@ def plans_for(task: Task, config: Config, directions: str) -> list[Plan]:
     return [plan(p, spec, where=task.where, key=jax.random.key(config.seed)) for p in task.networks]
 
 
-def deformed_arm(
-    name: str, label: str, task: Task, plans: list[Plan], alphas: tuple[float, ...]
-) -> Arm:
+def deformed_arm(name: str, label: str, task: Task, plans: list[Plan], alphas: tuple[float, ...]) -> Arm:
     """Return the arm of the deformed networks, one alpha per network."""
     return Arm(
         name,

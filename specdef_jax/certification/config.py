@@ -15,6 +15,7 @@ class Config:
       size: name of the preset these settings came from.
       seeds: pretrained networks.
       alphas: deformations raced with top directions, ascending, starting at 1.
+      matched: the alpha whose sharpness bottom directions and the scalar control are given.
       k: directions per layer.
       widths: layer widths of the MLP.
       examples: size of the attacker's data set.
@@ -28,12 +29,13 @@ class Config:
 
     size: str = "default"
     seeds: int = 5
-    alphas: tuple[float, ...] = (1.0, 4.0, 16.0)
+    alphas: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0)
+    matched: float = 8.0
     k: int = 1
     widths: tuple[int, ...] = (64, 32, 32, 10)
     examples: int = 128
     target: float = 0.1
-    steps: int = 3000
+    steps: int = 2000
     decades: float = 7.0
     per_decade: int = 2
     error_alphas: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 8192.0, 65536.0)
@@ -43,6 +45,9 @@ class Config:
     def __post_init__(self) -> None:
         if not self.alphas or self.alphas[0] != 1 or list(self.alphas) != sorted(set(self.alphas)):
             raise SpecError(f"alphas = {self.alphas}: give ascending values that start at 1, the baseline.")
+
+        if self.matched not in self.alphas:
+            raise SpecError(f"matched = {self.matched}: must be one of the alphas {self.alphas}.")
 
     @classmethod
     def preset(cls, size: str) -> Config:
@@ -56,6 +61,7 @@ class Config:
                 size="smoke",
                 seeds=2,
                 alphas=(1.0, 4.0),
+                matched=4.0,
                 widths=(64, 8, 8, 10),
                 examples=32,
                 target=1.0,
@@ -69,7 +75,7 @@ class Config:
                 size="full",
                 seeds=10,
                 alphas=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0),
-                steps=8000,
+                steps=16000,
                 per_decade=4,
             ),
         }

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,27 +30,13 @@ CONGRUENCE_TOLERANCE = 1e-10
 BIT_ALPHA = 2.0**12
 
 
-class Keep(Protocol):
-    """Where a stage stores its parts."""
-
-    def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return the stored part, or compute and store it."""
-        ...
-
-
-class Progress(Protocol):
-    """What a certification tells its caller while it works."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Say that `done` of `total` parts of a stage are finished."""
-        ...
+Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
+Keep = Callable[[str, Callable[[], Any]], Any]  # keep(name, compute) -> stored or computed result
 
 
 def task_facts(task: Task, config: Config) -> dict[str, Any]:
     """Describe the networks: sizes, accuracies before the attack, and the planned layers."""
-    facts = {
-        name: [float(fact(p)) for p in task.networks] for name, fact in task.facts.items()
-    }
+    facts = {name: [float(fact(p)) for p in task.networks] for name, fact in task.facts.items()}
     layers = []
     for directions in ("top", "bottom"):
         for path, layer in arm.plans_for(task, config, directions)[0].items():
@@ -96,13 +82,16 @@ def preserved(task: Task, config: Config, progress: Progress) -> dict[str, Any]:
         layers = plan(params, spec, where=task.where, key=key)
         reference = params if basis == "axis" else apply_plan(params, layers.with_alpha(1.0))
         for dtype in ("float64", "float32", "bfloat16"):
-            same = bit_identical(
-                task.apply, reference, apply_plan(params, layers), *task.inputs, dtype=dtype
-            )
+            same = bit_identical(task.apply, reference, apply_plan(params, layers), *task.inputs, dtype=dtype)
             bits.append({"basis": basis, "dtype": dtype, "alpha": BIT_ALPHA, "identical": same})
     share = _energy(task, config)
     limits = [
-        {"dtype": name, "basis": basis, "budget": 0.01, "alpha_max": alpha_max(form, basis, 0.01, energy=share)}
+        {
+            "dtype": name,
+            "basis": basis,
+            "budget": 0.01,
+            "alpha_max": alpha_max(form, basis, 0.01, energy=share),
+        }
         for name, form in FORMATS.items()
         for basis in ("symmetric", "axis")
     ]
@@ -215,8 +204,8 @@ def _arms(
         return scalar_control(task.loss, task.networks[i], task.control, alpha, *task.args)
 
     def match(make: Callable[[int, float], Problem]) -> list[float]:
-        strong = arm.deformed_arm("", "", task, top, strongest)
-        targets = [arm.sharpness(p, task.args, key) for p in strong.problems]
+        model = arm.deformed_arm("", "", task, top, (config.matched,) * seeds)
+        targets = [arm.sharpness(p, task.args, key) for p in model.problems]
         return arm.match_alphas(make, targets, task.args, key)
 
     progress("matching sharpness", 0, 2)
@@ -234,11 +223,11 @@ def _arms(
 
     return {
         "original": lambda: arm.original_arm("original", "original", task),
-        "original_other_seeds": lambda: arm.original_arm("original_other_seeds", "original, other seeds", others),
-        **{f"top_{a:g}": deformed(a) for a in config.alphas},
-        "bottom": lambda: arm.deformed_arm(
-            "bottom", "bottom, same sharpness", task, bottom, bottom_alphas
+        "original_other_seeds": lambda: arm.original_arm(
+            "original_other_seeds", "original, other seeds", others
         ),
+        **{f"top_{a:g}": deformed(a) for a in config.alphas},
+        "bottom": lambda: arm.deformed_arm("bottom", "bottom, same sharpness", task, bottom, bottom_alphas),
         "scalar": lambda: arm.Arm(
             "scalar",
             "one bias rescaled, same sharpness",

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from specdef_jax import trees
 from specdef_jax.errors import ProblemError

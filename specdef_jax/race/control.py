@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 from scipy.optimize import brentq
 
 from specdef_jax import trees
-from specdef_jax.errors import ProblemError, SelectionError
+from specdef_jax.errors import ProblemError, SelectionError, SpecError
 from specdef_jax.parametrization import Problem, loss_on
 
 
@@ -41,12 +42,13 @@ def scalar_control(
 
     Raises:
       SelectionError: no leaf has this name, or it has no such entry.
+      SpecError: alpha is known, and not positive and finite.
     """
+    if not isinstance(alpha, Tracer) and not (math.isfinite(alpha) and alpha > 0):
+        raise SpecError(f"alpha = {alpha}: must be positive and finite.")
     leaves = dict(trees.named_leaves(params))
     if path not in leaves or not 0 <= index < leaves[path].size:
-        raise SelectionError(
-            f"no entry {index} of a leaf '{path}'; leaves: {', '.join(map(repr, leaves))}."
-        )
+        raise SelectionError(f"no entry {index} of a leaf '{path}'; leaves: {', '.join(map(repr, leaves))}.")
     leaf = leaves[path]
     scale = jnp.ones(leaf.size, leaf.dtype).at[index].set(alpha).reshape(leaf.shape)
     scales = {path: scale}
@@ -67,9 +69,11 @@ def match_sharpness(
       rtol: how close to come.
 
     Raises:
-      ProblemError: the sharpness at alpha = 1 exceeds the target, or no alpha up to 2^20 guesses
-        reaches it.
+      ProblemError: the target is not positive and finite, the sharpness at alpha = 1 exceeds it by
+        more than rtol, or no alpha up to 2^20 guesses reaches it.
     """
+    if not (math.isfinite(target) and target > 0):
+        raise ProblemError(f"target sharpness {target}: must be positive and finite.")
     measured: dict[float, float] = {}
 
     def excess(log_alpha: float) -> float:
@@ -81,14 +85,16 @@ def match_sharpness(
     limit = high + 20 * math.log(2)
     while excess(high) < 0 and high < limit:
         low, high = high, high + math.log(2)
+    if low == 0 and 0 <= excess(low) <= rtol:
+        return 1.0, measured[1.0]
     if measured[math.exp(high)] < target or (low == 0 and excess(low) > 0):
         alpha, found = min(measured.items(), key=lambda item: abs(math.log(max(item[1], 1e-300) / target)))
         raise ProblemError(
             f"no alpha gives sharpness {target:.4g}; the closest is {found:.4g} at alpha = {alpha:.4g}. "
             "Choose other directions, or an entry with curvature."
         )
-    root = brentq(excess, low, high, xtol=rtol / 4, rtol=1e-12) if high > low else high
-    alpha = math.exp(float(root))
+    root = brentq(excess, low, high, xtol=rtol / 4) if high > low else high
+    alpha = math.exp(root)  # type: ignore[arg-type]  # brentq returns a float unless full_output is asked
     return alpha, measured[alpha] if alpha in measured else sharpness(alpha)
 
 
@@ -97,6 +103,4 @@ def _rescaled_loss(loss: Partial, scales: dict[str, Array], params: PyTree, *arg
 
 
 def _rescale(scales: dict[str, Array], params: PyTree) -> PyTree:
-    return trees.map_named(
-        lambda name, leaf: leaf * scales[name] if name in scales else leaf, params
-    )
+    return trees.map_named(lambda name, leaf: leaf * scales[name] if name in scales else leaf, params)

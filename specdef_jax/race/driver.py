@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +68,8 @@ def run(
       prune: stop a run once another step size of its seed has arrived in fewer steps. The best
         step size and its steps are the same; the other runs are told as DOMINATED.
       lanes: runs in flight per thread; None finds it by a short probe.
-      progress: progress(done, total), called on the host now and then.
+      progress: progress(done, total), called now and then, by one thread at a time; an exception
+        that it raises ends the race.
 
     Returns:
       A RaceResult.
@@ -118,25 +120,36 @@ def run_problems(
 
     Args:
       problems: same structure and shapes.
+      optimizers: as in `run`, like all that is not named otherwise here.
+      sample: as in `run`.
+      steps: as in `run`.
+      step_sizes: as in `run`.
       target: one loss, or one per problem.
+      key: as in `run`.
       orders: data orders per problem.
-      See `run` for the rest.
+      eval_every: as in `run`.
+      eval_args: as in `run`.
+      prune: as in `run`.
+      lanes: as in `run`.
+      progress: as in `run`.
+
+    Raises:
+      ProblemError: a start is not finite or meets its target already.
+      StructureError: the problems differ in structure, shapes or dtypes.
+      SpecError: a grid or a count has no meaning.
     """
     for name, count in (("steps", steps), ("orders", orders), ("eval_every", eval_every)):
         _check_count(name, count)
+    if lanes is not None:
+        _check_count("lanes", lanes)
     if not optimizers:
         raise SpecError("no optimizer given; pass {name: step_size -> optax transformation}.")
     as_partial = sample if isinstance(sample, Partial) else Partial(sample)
     stacked = _stack(problems)
     eval_args = None if eval_args is None else tuple(eval_args)
-    targets = np.broadcast_to(np.asarray(target, float), (len(problems),))
+    targets = _targets(target, len(problems))
     _check_start(stacked, as_partial(key) if eval_args is None else eval_args, targets)
-    grids = {
-        name: check_grid(name, step_sizes[name] if isinstance(step_sizes, Mapping) else step_sizes)
-        for name in optimizers
-    }
-    if len({grid.size for grid in grids.values()}) != 1:
-        raise SpecError("the grids of step sizes differ in length; give each optimizer as many.")
+    grids = _grids(step_sizes, optimizers)
     record_at = _record_at(steps, eval_every)
     seeds = len(problems) * orders
     make = functools.partial(
@@ -144,10 +157,11 @@ def run_problems(
     )
     collected, compiling, running, done = [], 0.0, 0.0, 0
     total = sum(grid.size for grid in grids.values()) * seeds
+    if lanes is None:
+        name, factory = next(iter(optimizers.items()))
+        lanes = _probe(make(grids[name]), factory, eval_every)
     for name, factory in optimizers.items():
         runs = make(grids[name])
-        if lanes is None:
-            lanes = _probe(runs, factory, eval_every)
         report = None if progress is None else functools.partial(_report_on, progress, done, total)
         results, compile_s, run_s = _race_one(runs, factory, eval_every, lanes, report)
         collected.append([x.reshape(grids[name].size, seeds, *x.shape[1:]) for x in results])
@@ -176,7 +190,33 @@ def _stack(problems: Sequence[Problem]) -> Problem:
     for i, other in enumerate(problems):
         if jax.tree.structure(other) != first:
             raise StructureError(f"problem {i} has another structure than problem 0; race them apart.")
+        for (name, a), b in zip(trees.named_leaves(problems[0]), jax.tree.leaves(other), strict=True):
+            if (jnp.shape(a), jnp.result_type(a)) != (jnp.shape(b), jnp.result_type(b)):
+                raise StructureError(
+                    f"'{name}' is {jnp.result_type(b)}{jnp.shape(b)} in problem {i}, but "
+                    f"{jnp.result_type(a)}{jnp.shape(a)} in problem 0; race them apart."
+                )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+
+
+def _targets(target: float | Sequence[float], count: int) -> np.ndarray:
+    targets = np.asarray(target, float)
+    if targets.shape not in ((), (count,)):
+        raise SpecError(
+            f"targets have shape {targets.shape} for {count} problems; give one, or one per problem."
+        )
+    return np.broadcast_to(targets, (count,))
+
+
+def _grids(step_sizes: Grids, names: Iterable[str]) -> dict[str, np.ndarray]:
+    grids = {}
+    for name in names:
+        if isinstance(step_sizes, Mapping) and name not in step_sizes:
+            raise SpecError(f"optimizer {name!r} has no grid of step sizes; grids: {', '.join(step_sizes)}.")
+        grids[name] = check_grid(name, step_sizes[name] if isinstance(step_sizes, Mapping) else step_sizes)
+    if len({grid.size for grid in grids.values()}) != 1:
+        raise SpecError("the grids of step sizes differ in length; give each optimizer as many.")
+    return grids
 
 
 @jax.jit
@@ -241,7 +281,11 @@ def _runs(
 
 
 def _race_one(
-    runs: runner.Runs, factory: runner.Factory, eval_every: int, lanes: int, report: Report | None
+    runs: runner.Runs,
+    factory: runner.Factory,
+    eval_every: int,
+    lanes: int,
+    report: Callable[[int], None] | None,
 ) -> tuple[list[np.ndarray], float, float]:
     """Race one optimizer, on CPUs with one thread per core; return results and seconds."""
     shares = _shares(runs, lanes)
@@ -252,18 +296,30 @@ def _race_one(
     done = np.zeros(len(shares), int)
     x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
 
+    lock, stop = threading.Lock(), threading.Event()
+
     def drive(i: int) -> runner.Results:
         def count(n: int) -> None:
-            done[i] = n
-            if report is not None and i == 0:
-                report(int(done.sum()))
+            if stop.is_set():
+                raise CancelledError
+            with lock:
+                done[i] = n
+                if report is not None:
+                    report(int(done.sum()))
 
         with jax.enable_x64(x64):
             return _drive(parts[i], compiled, count)
 
     begin = time.perf_counter()
     with ThreadPoolExecutor(len(shares)) as pool:
-        finished = list(pool.map(drive, range(len(shares))))
+        futures = [pool.submit(drive, i) for i in range(len(shares))]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # an interrupt too: leaving the pool waits for the threads
+            stop.set()
+            raise
+    finished = [future.result() for future in futures]
     seconds = time.perf_counter() - begin
     merged = []
     for column in zip(*(jax.tree.leaves(f) for f in finished), strict=True):
@@ -345,9 +401,7 @@ def _probe(runs: runner.Runs, factory: runner.Factory, eval_every: int) -> int:
     return _PROBED[signature]
 
 
-def _seconds_per_step(
-    runs: runner.Runs, factory: runner.Factory, eval_every: int, lanes: int
-) -> float:
+def _seconds_per_step(runs: runner.Runs, factory: runner.Factory, eval_every: int, lanes: int) -> float:
     shares = _shares(runs, lanes)
     runs = _share(runs, shares[0], len(shares[0]))
     begin, move = _compile(runs, factory, eval_every, lanes)

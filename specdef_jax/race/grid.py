@@ -8,9 +8,7 @@ from jaxtyping import Float
 from specdef_jax.errors import SpecError
 
 
-def log_grid(
-    center: float, *, decades: float = 7.0, per_decade: int = 2
-) -> Float[np.ndarray, "steps"]:
+def log_grid(center: float, *, decades: float = 7.0, per_decade: int = 2) -> Float[np.ndarray, "steps"]:
     """Return step sizes spaced evenly in the logarithm, symmetric around a center.
 
     Args:
@@ -35,7 +33,10 @@ def log_grid(
 
 def check_grid(name: str, step_sizes: object) -> Float[np.ndarray, "steps"]:
     """Return a grid as an array, or raise SpecError if it is not positive and ascending."""
-    grid = np.atleast_1d(np.asarray(step_sizes, float))
+    try:
+        grid = np.atleast_1d(np.asarray(step_sizes, float))
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{name}: step sizes {step_sizes!r}: give a list of numbers.") from error
     if grid.ndim != 1 or grid.size == 0:
         raise SpecError(f"{name}: step sizes have shape {grid.shape}; give a list of numbers.")
     if not np.isfinite(grid).all() or (grid <= 0).any():

@@ -134,9 +134,7 @@ def start(runs: Runs, *, factory: Factory, lanes: int) -> Progress:
     return Progress(fresh, results, runs.best, jnp.asarray(lanes), jnp.asarray(0))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("factory", "lanes", "eval_every"), donate_argnames=("progress",)
-)
+@functools.partial(jax.jit, static_argnames=("factory", "lanes", "eval_every"), donate_argnames=("progress",))
 def advance(
     progress: Progress,
     runs: Runs,
@@ -226,8 +224,8 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
 
 def _evaluate(runs: Runs, eval_every: int, best: Array, lane: Lane, value: Array) -> Lane:
     """Judge the loss at step t: reached, non-finite, dominated, out of steps, or going on."""
-    reached = value <= lane.target
     diverged = ~jnp.isfinite(value)
+    reached = ~diverged & (value <= lane.target)
     # Linear interpolation between two evaluations; exact hits keep the step itself.
     share = jnp.clip((lane.metric - lane.target) / (lane.metric - value), 0, 1)
     crossing = jnp.where(jnp.isfinite(share), lane.t - eval_every * (1 - share), lane.t)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float
 
 from specdef_jax.errors import ProblemError
@@ -21,7 +22,7 @@ class Ratio:
 
     Attributes:
       value: the geometric mean; a lower bound if `censored`, NaN if nothing can be said.
-      low, high: 95% bootstrap interval of the log ratios over seeds; NaN for a single seed; high is
+      low, high: 95% bootstrap interval over seeds, of the log ratios; NaN for a single seed; high is
         infinite when `censored`.
       censored: some numerator did not reach the target within the cap, so the ratio is at least
         `value`.
@@ -81,9 +82,11 @@ def ratio_of_means(
 def bootstrap_interval(
     values: Float[np.ndarray, "n"], level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean, NaN for fewer than two values.
+    """Return the expanded percentile bootstrap interval of the mean, NaN for fewer than two values.
 
-    All n**n resamples are enumerated for up to six values; beyond that, 20,000 are drawn.
+    The plain percentile interval is too narrow for few values (at n = 5 by a third); the expanded one
+    (Hesterberg, The American Statistician 69 (2015) 371, section 4.3) widens the percentiles to what a
+    t interval would have. All n**n resamples are enumerated for up to six values; beyond, 20,000 are drawn.
     """
     n = values.size
     if n < 2:
@@ -93,5 +96,6 @@ def bootstrap_interval(
     else:
         draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
     means = values[draws].mean(axis=1)
-    tail = (1 - level) / 2
+    t = scipy.stats.t.ppf((1 + level) / 2, n - 1)
+    tail = scipy.stats.norm.cdf(-math.sqrt(n / (n - 1)) * t)
     return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))

@@ -1,7 +1,64 @@
-"""One self-contained offline HTML file from results.json."""
+"""One self-contained offline HTML file from results.json, and the key figure of the README."""
 
+from __future__ import annotations
+
+from importlib import resources
 from typing import Any
+
+from specdef_jax.report import cards, notes, plots, plots_attacks, plots_race, svg, tables, tables_race, words
+
+__all__ = ["hero_figure", "render"]
 
 
 def render(results: dict[str, Any]) -> str:
-    return "<html></html>"
+    """Return the report as one HTML file that needs no network and runs no script.
+
+    Args:
+      results: what results.json holds, non-finite numbers as Python floats (load_results(path).results).
+
+    Raises:
+      MissingExtra: jinja2 or matplotlib, of the extra `cli`, is not installed.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as error:
+        raise svg.missing("jinja2") from error
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = resources.files("specdef_jax.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    figures = {
+        # Made by matplotlib from numbers and escaped labels, so it goes in as it is.
+        name: Markup(draw(results))
+        for name, draw in (
+            ("preservation", plots.preservation),
+            ("curvature", plots.curvature),
+            ("curves", plots_race.curves),
+            ("slowdown", plots_race.slowdown),
+            ("equal_sharpness", plots_race.equal_sharpness),
+            ("attacks", plots_attacks.attacks),
+        )
+    }
+    return environment.from_string(template).render(
+        results=results,
+        figures=figures,
+        colours=svg.COLOURS,
+        cards=cards,
+        notes=notes,
+        tables=tables,
+        tables_race=tables_race,
+        words=words,
+    )
+
+
+def hero_figure(results: dict[str, Any]) -> bytes:
+    """Return the key figure as an SVG file on a light ground: slowdown against alpha, and what attacks leave.
+
+    Args:
+      results: as for render.
+
+    Raises:
+      MissingExtra: matplotlib, of the extra `cli`, is not installed.
+    """
+    return plots_attacks.hero(results)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from specdef_jax.report.numbers import grouped, number, power_of_ten
+from specdef_jax.report.numbers import given, grouped, power_of_ten
 
+OPTIMIZER_COLOURS = ("blue", "orange", "green", "rose", "purple", "ochre")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -59,12 +60,14 @@ def alpha_axis(axes: Any, alphas: Sequence[float]) -> None:
     reach = max(max(alphas) / min(alphas), 2.0) ** 0.05
     axes.set_xlim(min(alphas) / reach, max(alphas) * reach)
     axes.xaxis.set_major_locator(ticker.FixedLocator(list(alphas)))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: given(value)))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xlabel("deformation α")
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], *, gap: float = 0.075, x: float = 1.02) -> None:
+def label_ends(
+    axes: Any, ends: Sequence[tuple[float, str, str]], *, gap: float = 0.075, x: float = 1.02
+) -> None:
     """Write (y, text, colour) beside the right edge, moved apart where they would touch.
 
     Call it after the limits of the vertical log axis are set. Text whose y is not finite is left out.
@@ -77,7 +80,9 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], *, gap: float 
     )
     places = apart([k[0] for k in kept], gap)
     for place, (_, text, colour) in zip(places, kept, strict=True):
-        axes.text(x, place, text, color=colour, transform=axes.transAxes, va="center", ha="left", clip_on=False)
+        axes.text(
+            x, place, text, color=colour, transform=axes.transAxes, va="center", ha="left", clip_on=False
+        )
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
@@ -139,9 +144,41 @@ def ratio_points(
                 xy=at,
                 xytext=(0, 18) if along == "y" else (18, 0),
                 textcoords="offset points",
-                arrowprops={"arrowstyle": "<|-", "color": colour, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 3.5},
+                arrowprops={
+                    "arrowstyle": "<|-",
+                    "color": colour,
+                    "linewidth": 1.3,
+                    "shrinkA": 0,
+                    "shrinkB": 3.5,
+                },
                 annotation_clip=False,
             )
+
+
+def ratio_axis(axes: Any, ratios: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    """Set the horizontal log axis of a dot plot of ratios, with a line at 1."""
+    low, high = limits([r[k] for r in ratios for k in ("value", "low", "high")], 1.25)
+    widest = max([r["value"] for r in ratios if r["censored"] and math.isfinite(r["value"])], default=1.0)
+    low, high = min(low, 0.8), max(high, 1.3)
+    # A censored point's arrow must stay inside.
+    log_axis(axes, "x", low, max(high, widest * (high / low) ** 0.12), most=6)
+    axes.axvline(1, color=colours["muted"], linewidth=0.8)
+    clean(axes, colours, grid="x")
+    axes.spines["left"].set_visible(False)
+
+
+def legend(figure: Any, colours: dict[str, str], entries: list[tuple[str, str, str]]) -> None:
+    """Name (label, colour role, marker) of every series below the axes, clear of the data."""
+    from matplotlib.lines import Line2D
+
+    figure.legend(
+        [Line2D([], [], color=colours[role], marker=marker, linestyle="none") for _, role, marker in entries],
+        [label for label, _, _ in entries],
+        loc="outside lower center",
+        ncols=len(entries),
+        columnspacing=1.4,
+        handletextpad=0.3,
+    )
 
 
 def _tick(value: float) -> str:

@@ -38,6 +38,11 @@ def strongest(results: Results) -> float:
     return float(results["config"]["alphas"][-1])
 
 
+def matched(results: Results) -> float:
+    """Return the alpha whose sharpness bottom directions and the scalar control were given."""
+    return float(results["config"]["matched"])
+
+
 def top_arm(alpha: float) -> str:
     """Return the key of the arm with top directions at this alpha."""
     return f"top_{alpha:g}"
@@ -63,9 +68,21 @@ def steps(results: Results, arm: str, optimizer: str) -> np.ndarray:
     return np.asarray(results["race"]["arms"][arm]["optimizers"][optimizer]["steps"], float)
 
 
-def slowdown(results: Results, optimizer: str) -> dict[str, Any]:
-    """Return the slowdown at the largest alpha raced, against alpha = 1."""
-    return ratio(results, top_arm(strongest(results)), top_arm(1.0), optimizer)
+def slowdown(results: Results, optimizer: str, alpha: float | None = None) -> dict[str, Any]:
+    """Return the slowdown of top directions against alpha = 1, at the largest alpha raced by default."""
+    return ratio(results, top_arm(alpha or strongest(results)), top_arm(1.0), optimizer)
+
+
+def against_original(results: Results, optimizer: str) -> dict[str, Any]:
+    """Return the steps at the largest alpha raced against those of the original network."""
+    return ratio(results, top_arm(strongest(results)), "original", optimizer)
+
+
+def median(values: np.ndarray) -> float:
+    """Return the median of the values that are not NaN, NaN if there are none."""
+    kept = np.asarray(values, float)
+    kept = kept[~np.isnan(kept)]
+    return float(np.median(kept)) if kept.size else math.nan
 
 
 def comparisons(results: Results) -> list[tuple[str, str, str]]:
@@ -91,11 +108,25 @@ def undone(left: dict[str, Any]) -> bool:
     return bool(left["value"] <= UNDONE and not left["censored"])
 
 
+def cheapest(results: Results) -> str | None:
+    """Return the attack that undoes the slowdown with the fewest added parameters, then the least time."""
+    arms = results["race"]["arms"]
+    found = [a for a in attacks(results) if undone(left_by(results, a))]
+    return min(
+        found,
+        key=lambda a: (arms[a]["bill"]["added_parameters"], arms[a]["bill"]["conversion_seconds"]),
+        default=None,
+    )
+
+
 def sharpening(results: Results) -> np.ndarray:
     """Return sigma_1 at the largest alpha raced over sigma_1 at alpha = 1, per network."""
     arms = results["race"]["arms"]
-    after = np.asarray(arms[top_arm(strongest(results))]["sharpness"], float)
-    return after / np.asarray(arms[top_arm(1.0)]["sharpness"], float)
+    after, before = (
+        np.asarray(arms[top_arm(alpha)]["sharpness"], float) for alpha in (strongest(results), 1.0)
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return after / before
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> str:
@@ -106,10 +137,11 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def formats_at(results: Results, alpha: float) -> list[dict[str, Any]]:
-    """Return the preservation rows, one a number format, at the measured alpha nearest to `alpha`."""
+    """Return the preservation rows, one a number format, at the first alpha measured that is no smaller."""
     rows = results["preservation"]["formats"]
-    nearest = min((r["alpha"] for r in rows), key=lambda a: abs(math.log(a / alpha)))
-    return [r for r in rows if r["alpha"] == nearest]
+    measured = {r["alpha"] for r in rows}
+    chosen = min((a for a in measured if a >= alpha), default=max(measured))
+    return [r for r in rows if r["alpha"] == chosen]
 
 
 def format_names(results: Results) -> list[str]:

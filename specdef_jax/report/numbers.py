@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,6 +44,17 @@ def number(value: Any, digits: int = 3) -> str:
     if size == 10.0**power:
         return sign + power_of_ten(power)
     return f"{sign}{mantissa}{THIN}×{THIN}{power_of_ten(power)}"
+
+
+def given(value: Any) -> str:
+    """Return a number that was chosen, not measured: no zeros after the last digit that says something."""
+    text = number(value)
+    return text.rstrip("0").rstrip(".") if "." in text and "×" not in text else text
+
+
+def alpha_is(value: Any) -> str:
+    """Return "α = 16" on one line."""
+    return f"α\u00a0=\u00a0{given(value)}"
 
 
 def grouped(value: int) -> str:
@@ -94,6 +106,17 @@ def spread(values: Iterable[Any], digits: int = 3) -> str:
         return MISSING
     low, high = number(min(finite), digits), number(max(finite), digits)
     return low if low == high else f"{low} to {high}"
+
+
+def count(value: Any) -> str:
+    """Return a whole number in full; "n/a" for NaN."""
+    value = float(value)
+    return grouped(round(value)) if math.isfinite(value) else number(value)
+
+
+def named(label: str) -> str:
+    """Return the label of an arm as the report writes it, with the sign α."""
+    return re.sub(r"\balpha (?=[0-9])", "α\u00a0=\u00a0", label)
 
 
 def listed(parts: list[str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from specdef_jax.report import facts, svg
 from specdef_jax.report.axes import MARKERS, alpha_axis, clean, label_ends, limits, log_axis
 from specdef_jax.report.facts import Results
-from specdef_jax.report.numbers import number
+from specdef_jax.report.numbers import alpha_is, given
 
 _FORMAT_COLOURS = ("blue", "green", "ochre", "orange", "rose", "purple")
 
@@ -42,7 +42,8 @@ def preservation(results: Results) -> str:
             axes.plot(alphas, base, color=colour, linewidth=1, linestyle=":")
             axes.plot(alphas, error, color=colour, marker=MARKERS[i % len(MARKERS)])
             lost = [r["alpha"] for r in mine if not math.isfinite(r["error"])]
-            axes.plot(lost, [high] * len(lost), color=colour, marker="x", linestyle="none", clip_on=False)
+            if lost:
+                axes.plot(lost, [high] * len(lost), color=colour, marker="x", linestyle="none", clip_on=False)
             known = error[np.isfinite(error)]
             text = f"{name} (× overflow)" if lost else name
             ends.append((known[-1] if known.size else math.nan, text, colour))
@@ -50,7 +51,7 @@ def preservation(results: Results) -> str:
         raced = facts.strongest(results)
         axes.axvline(raced, color=colours["muted"], linewidth=0.7)
         axes.annotate(
-            f"largest α raced: {number(raced)}",
+            f"largest α raced: {given(raced)}",
             (raced, 0.015),
             xycoords=("data", "axes fraction"),
             xytext=(5, 0),
@@ -82,8 +83,8 @@ def curvature(results: Results) -> str:
     return svg.inline(
         "curvature",
         "Spectrum and sharpness of the Hessian",
-        "Left: absolute leading eigenvalues by rank for each alpha. Right: the largest, sigma 1, against alpha "
-        "between its lower and upper bound. The numbers are in the table below.",
+        "Left: absolute leading eigenvalues by rank for each alpha. Right: the largest, sigma 1, against "
+        "alpha between its lower and upper bound. The numbers are in the table below.",
         (9.6, 3.9),
         draw,
     )
@@ -111,7 +112,7 @@ def _spectra(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> 
                 linestyle="none",
                 markerfacecolor=colours["paper"] if negative else colour,
             )
-        ends.append((abs(values[-1]), f"α = {number(row['alpha'])}", colours["ink"] if i else colour))
+        ends.append((abs(values[-1]), alpha_is(row["alpha"]), colours["ink"] if i else colour))
     label_ends(axes, ends, gap=0.08)
     count = max(len(r["eigenvalues"]) for r in rows)
     axes.set_xticks([r for r in range(1, count + 1) if count <= 6 or r == 1 or r % 2 == 0])

@@ -106,7 +106,8 @@ def _svg(
     target = io.StringIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the reader's matplotlibrc
-        matplotlib.rcParams.update(_STYLE | themed | style)
+        wanted: Any = _STYLE | themed | style  # matplotlib's stubs know the keys only as a literal type
+        matplotlib.rcParams.update(wanted)
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, colours)
         figure.savefig(
@@ -127,9 +128,7 @@ def _prefixed(name: str, body: str) -> str:
     body = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>\s*", "", body, flags=re.DOTALL)
     body = body.replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
-    body = re.sub(
-        r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body
-    )
+    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
     return re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
 
 

@@ -49,7 +49,8 @@ def load(test: int = 360) -> Digits:
         raise MissingExtra("the digits need scikit-learn: pip install 'specdef_jax[cli]'.") from error
     images, labels = load_digits(return_X_y=True)
     x, y = jnp.asarray(images / 16.0), jnp.asarray(labels)
-    return Digits(x[:-test], y[:-test], x[-test:], y[-test:])
+    split = len(x) - test
+    return Digits(x[:split], y[:split], x[split:], y[split:])
 
 
 def init(key: PRNGKeyArray, widths: tuple[int, ...] = WIDTHS) -> Params:

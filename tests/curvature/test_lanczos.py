@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse.linalg
 from jax.tree_util import Partial
 
-from specdef_jax.curvature import Status, eigsh, from_matrix, hessian, lanczos, linear
+from specdef_jax.curvature import Status, eigsh, from_matrix, hessian, lanczos, linear, thick_restart
 from specdef_jax.curvature import basis as bs
 from specdef_jax.errors import ProblemError
 from tests.curvature.helpers_spectra import wanted, with_spectrum
@@ -117,18 +117,18 @@ def test_small_operators_and_nearly_all_pairs(n, k):
 def test_factorization_identity():
     """A V = V T + r e^T, and V orthonormal, after the first cycle and after a restart."""
     matrix = with_spectrum(SPECTRA["indefinite"])
-    setting = lanczos._Setting(K, 12, "LM", whole=False, narrowest="float64")
+    setting = thick_restart.Setting(K, 12, "LM", whole=False, narrowest="float64")
     state, basis = (
-        lanczos._start(setting, jnp.float64),
+        thick_restart.start(setting, jnp.float64),
         bs.zeros(13, jax.ShapeDtypeStruct((N,), jnp.float64), jnp.float64),
     )
     for _ in range(3):
-        state, basis = lanczos._extend(setting, lambda v: matrix @ v, KEY, state, basis)
+        state, basis = thick_restart.extend(setting, lambda v: matrix @ v, KEY, state, basis)
         v, t = np.asarray(basis), np.asarray(state.projection)
         np.testing.assert_allclose(v @ v.T, np.eye(13), atol=1e-14)
         residual = matrix @ v[:12].T - v[:12].T @ t - np.outer(v[12] * float(state.beta), np.eye(12)[11])
         np.testing.assert_allclose(residual, 0, atol=1e-14)
-        state, basis = lanczos._rotate(setting, state, basis)
+        state, basis = thick_restart.rotate(setting, state, basis)
 
 
 @pytest.mark.parametrize("amplitude", [1e-9, 1e-6])
@@ -228,7 +228,7 @@ def test_deterministic_in_the_key():
 def test_memory_is_one_basis_and_the_kept_vectors():
     n = 100_000
     op = linear(Partial(jnp.multiply, jnp.linspace(0, 1, n)), jax.ShapeDtypeStruct((n,), jnp.float64))
-    setting = lanczos._Setting(1, 20, "LA", whole=False, narrowest="float64")
+    setting = thick_restart.Setting(1, 20, "LA", whole=False, narrowest="float64")
     memory = lanczos._solve.lower(setting, op, KEY, 1e-6, 1000).compile().memory_analysis()
     assert memory.temp_size_in_bytes / (8 * n) < (20 + 1) + setting.kept + 4
 
@@ -259,7 +259,7 @@ def test_new_data_does_not_trace_again():
     calls.clear()
     second = eigsh(two, K, key=KEY, tol=1e-7, max_matvecs=1000)
     assert not calls
-    assert float(second.values[0]) != float(first.values[0])
+    assert abs(float(second.values[1]) - float(first.values[1])) > 1e-3
 
 
 def test_bad_arguments_say_what_to_do():

@@ -1,0 +1,130 @@
+"""Write the README's measured section from the JSON in benchmarks/results/.
+
+python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from specdef_jax.certification import load_results
+from specdef_jax.race import Ratio
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- measured: benchmarks/readme.py -->", "<!-- /measured -->"
+OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum .9", "adam": "Adam"}
+
+
+def main() -> None:
+    """Replace the section between the two markers."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text().split(START)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{START}\n{measured()}{END}{after}")
+
+
+def measured() -> str:
+    """Return the section as Markdown."""
+    return "\n".join([certified(), deformation(), race_speed(), ""])
+
+
+def certified() -> str:
+    """Tell what certification found."""
+    results = load_results(RESULTS / "certify.json").results
+    config, task, curvature = results["config"], results["task"], results["curvature"]["rows"]
+    first, last = curvature[0], curvature[-1]
+    preserved = {
+        row["format"]: row["error"]
+        for row in results["preservation"]["formats"]
+        if row["alpha"] == last["alpha"]
+    }
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in preserved.items())
+    worst = max(row["congruence_error"] for row in curvature)
+    lines = [
+        f"`make certify` ({task['seeds']} pretraining seeds, {task['parameters']} parameters, target "
+        f"{config['target']:g} nats, cap {config['steps']} steps; {_machine(results)}; "
+        f"{results['wall_seconds']:.0f} s after installation):",
+        "",
+        f"* Function at alpha {last['alpha']:g}: relative change of the logits {errors}.",
+        f"* Sharpness {first['sharpness']:.3g} at alpha 1, {last['sharpness']:.4g} at alpha "
+        f"{last['alpha']:g}; bounds {last['lower']:.4g} and {last['upper']:.4g}. Congruence to {worst:.0e}.",
+        "",
+        "| steps to the target, ratio to | " + " | ".join(OPTIMIZERS.values()) + " |",
+        "|---|" + "---|" * len(OPTIMIZERS),
+    ]
+    matched = config["matched"]
+    rows = [(f"top_{a:g}", f"top direction, alpha {a:g} / alpha 1") for a in config["alphas"] if a > 1]
+    rows += [
+        ("bottom", f"bottom direction, sharpness of alpha {matched:g} / alpha 1"),
+        ("scalar", f"one bias rescaled, sharpness of alpha {matched:g} / original"),
+        ("top_1", "inserting the identity (alpha 1) / original"),
+        ("freeze", f"freeze at alpha {config['alphas'][-1]:g} / original"),
+        ("fuse", f"fuse at alpha {config['alphas'][-1]:g} / original"),
+        ("inject", "null control: inject / original"),
+        ("original_other_seeds", "null control: original, other seeds / original"),
+    ]
+    ratios = {(r["arm"], r["optimizer"]): r for r in results["race"]["ratios"]}
+    for arm, label in rows:
+        cells = [_ratio(ratios[arm, optimizer]) for optimizer in OPTIMIZERS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += ["", _equal_sharpness(results), ""]
+    return "\n".join(lines)
+
+
+def _equal_sharpness(results: dict[str, Any]) -> str:
+    arms, cap = results["race"]["arms"], results["config"]["steps"]
+    top = f"top_{results['config']['matched']:g}"
+    parts = []
+    for optimizer, label in OPTIMIZERS.items():
+        told = []
+        for arm, name in (
+            (top, "top"),
+            ("bottom", "bottom"),
+            ("scalar", "one bias"),
+        ):
+            steps = sorted(cap if s != s else s for s in arms[arm]["optimizers"][optimizer]["steps"])
+            median = steps[len(steps) // 2]
+            told.append(f"{name} {'≥ ' if median >= cap else ''}{median:.0f}")
+        parts.append(f"{label}: " + ", ".join(told))
+    return "Median steps at equal sharpness. " + ". ".join(parts) + "."
+
+
+def deformation() -> str:
+    """Tell how fast the deformation is."""
+    record = json.loads((RESULTS / "deform_subspace.json").read_text())
+    s, (m, n) = record["summary"], record["config"]["shape"]
+    return (
+        f"Deforming one {m} x {n} float32 kernel, k = {record['config']['k']}: "
+        f"{s['speedup_power_law']:.0f} times faster than the paper's algorithm by a full float64 SVD "
+        f"(power-law spectrum with a gap; Gaussian: {s['speedup_gaussian']:.0f} times), "
+        f"residual {s['residual']:.1e}, {100 * s['energy']:.2f}% of the energy, "
+        f"{s['ratio_to_bare']:.2f} times a bare script; ten such layers {s['ten_layers_seconds']:.1f} s "
+        f"({_machine(record)}).\n"
+    )
+
+
+def race_speed() -> str:
+    """Tell how fast races are."""
+    record = json.loads((RESULTS / "race_runner.json").read_text())
+    told = ", ".join(
+        f"batch {row['batch']}{' with early stop' if row['early_stop'] else ''} {row['ratio']:.1f} times"
+        for row in record["rows"]
+    )
+    return f"A race against a Python loop with a jitted step over the same pairs, equal results: {told}.\n"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    fields = ("value", "low", "high", "censored", "seeds")
+    return str(Ratio(**{f: row[f] for f in fields})).replace(">=", "≥ ").replace("inf", "∞")
+
+
+def _machine(record: dict[str, Any]) -> str:
+    found = record["environment"]
+    return f"{found['cpu_count']} cores of {found['processor']}, jax {found['packages']['jax']}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What the commands print: tables on stdout; progress on stderr, for people and for logs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Report = Callable[[str, int, int], None]
+
+_LOG_EVERY = 10.0  # seconds between two lines where there is no terminal
+_PLAIN_WIDTH = 160  # columns where there is no terminal to ask
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; long names wrap, nothing is cut."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PLAIN_WIDTH)
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[Report]:
+    """Give report(stage, done, total), drawn as bars; total 0 means that the end is not known."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _log_lines(console)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None)
+            bars.update(tasks[stage], completed=done, total=total or None)
+
+        yield report
+
+
+def _log_lines(console: Console) -> Report:
+    last = time.monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LOG_EVERY:
+            last = time.monotonic()
+            console.print(f"{stage}: {done} of {total}" if total else f"{stage} ...", markup=False)
+
+    return report

@@ -1,0 +1,43 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs_and_says_what_it_claims(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip() and not line.startswith("import")]) <= 12
+    names = {}
+    with jax.enable_x64(False):
+        exec(code, names)
+    change, plain, sharp = map(float, capsys.readouterr().out.split())
+    assert change < 1e-3
+    assert abs(sharp) > 100 * abs(plain)
+    assert float(abs(names["restored"]["w1"] - names["params"]["w1"]).max()) < 1e-3
+
+
+def test_numbers_are_those_of_the_committed_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import readme
+    finally:
+        sys.path.pop(0)
+    section = README.split(readme.START)[1].split(readme.END)[0]
+    assert section.strip() == readme.measured().strip()
+
+
+@pytest.mark.parametrize("target", re.findall(r"^make ([a-z-]+)", README, flags=re.MULTILINE))
+def test_commands_are_targets_of_the_makefile(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_inside_the_repository_lead_somewhere():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
