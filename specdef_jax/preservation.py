@@ -160,13 +160,30 @@ def bit_identical(
     """Tell whether two trees compute outputs with equal bits in a format (THEORY.md 1.3).
 
     For the axis basis the reference is the undeformed tree, for the rotated basis the same plan at
-    alpha = 1. NaN counts as different.
+    alpha = 1. The identity is a statement about one kernel and one order of summation, so an undeformed
+    layer is evaluated by the products of its deformed counterpart, followed by an identity.
+    NaN counts as different.
     """
     form = as_format(dtype)
     with jax.enable_x64(True):
-        a = _evaluate(apply, reference, inputs, form)
+        a = _evaluate(apply, _same_products(reference, deformed), inputs, form)
         b = _evaluate(apply, deformed, inputs, form)
     return bool(np.array_equal(a, b))
+
+
+def _same_products(reference: PyTree, deformed: PyTree) -> PyTree:
+    """Put an identity beside each plain leaf that is deformed in the other tree."""
+    named = trees.named_leaves(deformed, is_leaf=is_structured)
+    pairs = {name: leaf for name, leaf in named if isinstance(leaf, Deformed)}
+
+    def lift(name: str, leaf: Any) -> Any:
+        if name not in pairs or is_structured(leaf):
+            return leaf
+        pair = pairs[name]
+        identity = jnp.broadcast_to(jnp.eye(pair.comp.shape[-1], dtype=pair.comp.dtype), pair.comp.shape)
+        return Deformed(jnp.asarray(leaf), identity, pair.side, pair.axes)
+
+    return trees.map_named(lift, reference, is_leaf=is_structured)
 
 
 def _evaluate(

@@ -20,7 +20,6 @@ def _preserved(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _curved(results: dict[str, Any]) -> list[dict[str, str]]:
-    word = results["curvature"]["word"]
     return [
         _row(
             f"sharpness at alpha {row['alpha']:g}, between its bounds?",
