@@ -35,7 +35,7 @@ class Config:
     widths: tuple[int, ...] = (64, 32, 32, 10)
     examples: int = 128
     target: float = 0.1
-    steps: int = 2000
+    steps: int = 1500
     decades: float = 7.0
     per_decade: int = 2
     error_alphas: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 8192.0, 65536.0)
