@@ -10,7 +10,9 @@ WORKERS ?= auto
 TEST_ENV := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg \
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $$XLA_FLAGS" \
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
-PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+# Most of a test is compilation. The fast tests do without XLA's costly passes, test-all keeps them.
+FAST_ENV := XLA_FLAGS="--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 $$XLA_FLAGS"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -23,10 +25,10 @@ certify: $(VENV)/.installed-cli ## Run specdef certify; ARGS="..." is passed on
 	@$(BIN)/specdef certify $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the fast tests; ARGS="..." goes to pytest
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(TEST_ENV) $(FAST_ENV) $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-test ## Run every test
-	@$(PYTEST) $(ARGS)
+	@$(TEST_ENV) $(PYTEST) $(ARGS)
 
 test-lower: ## Run the fast tests on the oldest supported versions, in .venv-lower
 	@$(MAKE) --no-print-directory VENV=.venv-lower CONSTRAINTS=tests/lower-bounds.txt test

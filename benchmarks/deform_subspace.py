@@ -21,7 +21,8 @@ import scipy.linalg
 from harness import paired, save, seconds
 
 from specdef_jax.block_iteration import block_size
-from specdef_jax.specdef import SpecDef, deform, plan
+from specdef_jax.spec import SpecDef
+from specdef_jax.specdef import deform, plan
 from specdef_jax.subspace import Status, top_subspace
 
 BARS = {

@@ -24,7 +24,8 @@ from specdef_jax.layered import layered
 from specdef_jax.parametrization import Deformed, KernelAxes, Problem, merge
 from specdef_jax.precision import alpha_max
 from specdef_jax.preservation import PreservationCertificate, bit_identical, preservation
-from specdef_jax.specdef import Layer, Plan, SpecDef, apply_plan, deform, plan
+from specdef_jax.spec import Layer, Plan, SpecDef
+from specdef_jax.specdef import apply_plan, deform, plan
 from specdef_jax.words import Word
 
 __version__ = "0.1.0"

@@ -21,33 +21,45 @@ def block_size(k: int) -> int:
     return -(-(3 * k // 2 + 8) // 16) * 16
 
 
-@partial(jax.jit, static_argnames=("k",))
-def top(matrix: Array, k: int, tol: ArrayLike, max_passes: ArrayLike, key: PRNGKeyArray) -> Subspace:
+@partial(jax.jit, static_argnames=("k", "transposed"))
+def top(
+    matrix: Array, k: int, tol: ArrayLike, max_passes: ArrayLike, key: PRNGKeyArray, *, transposed: bool
+) -> Subspace:
     """Return the k largest right singular vectors of (rest, d) by blocked randomized iteration."""
     barrier = jax.lax.optimization_barrier
 
+    def times(X: Array) -> Array:  # M X, in the order that costs least on a CPU
+        return barrier(matmul(barrier(X).T, matrix)).T if transposed else matmul(matrix, X)
+
+    def times_transposed(Q: Array) -> Array:  # (M^T Q)^T
+        return barrier(matmul(matrix, barrier(Q))).T if transposed else matmul(Q.T, matrix)
+
     def step(rows: Array) -> tuple[Array, _Ritz]:
         X, _ = jnp.linalg.qr(rows.T)
-        Q, R = jnp.linalg.qr(matmul(matrix, X))
+        Q, R = jnp.linalg.qr(times(X))
         P, s, Wt = jnp.linalg.svd(R)  # M X = Q P diag(s) Wt, so M (X W) = (Q P) diag(s)
         # Without the barriers XLA propagates LAPACK's column order into the products with M, which
         # then take twice as long on a CPU.
         left = barrier(matmul(Q, P))
-        rows = barrier(matmul(left.T, matrix))
+        rows = barrier(times_transposed(left))
         Ut = matmul(Wt[:k], X.T)
         errors = jnp.linalg.norm(rows[:k] - s[:k, None] * Ut, axis=1)
         rate = jnp.square(s[-1] / s[k - 1])
         residual = _relative(errors, s[:k], s[:k] > _negligible(matrix, s[0]))
         return rows, _Ritz(Ut.T, s[:k], residual, rate)
 
-    start = normal(key, (block_size(k), matrix.shape[0]), matrix.dtype)
-    ritz, passes, status = _iterate(step, matmul(start, matrix), tol, max_passes)
+    rest = matrix.shape[1 if transposed else 0]
+    start = normal(key, (rest, block_size(k)), matrix.dtype)
+    ritz, passes, status = _iterate(step, times_transposed(start), tol, max_passes)
     return _found(ritz, _negligible(matrix, ritz.s[0]), passes, status)
 
 
-@partial(jax.jit, static_argnames=("k",))
-def bottom(matrix: Array, k: int, tol: ArrayLike, max_passes: ArrayLike, key: PRNGKeyArray) -> Subspace:
+@partial(jax.jit, static_argnames=("k", "transposed"))
+def bottom(
+    matrix: Array, k: int, tol: ArrayLike, max_passes: ArrayLike, key: PRNGKeyArray, *, transposed: bool
+) -> Subspace:
     """Return the k smallest of min(rest, d) by inverse iteration with a Cholesky factor in float64."""
+    matrix = matrix.T if transposed else matrix
     M = matrix.astype(jnp.float64)
     wide = M if M.shape[0] < M.shape[1] else M.T
     gram = matmul(wide, wide.T)
@@ -87,27 +99,30 @@ def bottom(matrix: Array, k: int, tol: ArrayLike, max_passes: ArrayLike, key: PR
     return _found(ritz, _negligible(matrix, jnp.sqrt(energy)), passes, status)
 
 
-@partial(jax.jit, static_argnames=("k", "bottom"))
-def dense(matrix: Array, k: int, bottom: bool) -> Subspace:
+@partial(jax.jit, static_argnames=("k", "bottom", "transposed"))
+def dense(matrix: Array, k: int, bottom: bool, *, transposed: bool) -> Subspace:
     """Return the k largest or smallest of a small matrix by its full decomposition in float64."""
+    matrix = matrix.T if transposed else matrix
     M = matrix.astype(jnp.float64)
     _, s, rows = jnp.linalg.svd(M, full_matrices=False)
     chosen = rows[::-1][:k] if bottom else rows[:k]
     return _exact(matrix, chosen.T, s[0])
 
 
-@partial(jax.jit, static_argnames=("k", "bottom"))
-def axis(matrix: Array, k: int, bottom: bool) -> Subspace:
+@partial(jax.jit, static_argnames=("k", "bottom", "transposed"))
+def axis(matrix: Array, k: int, bottom: bool, *, transposed: bool) -> Subspace:
     """Return the k columns of the identity whose features have the largest or smallest non-zero norm."""
+    matrix = matrix.T if transposed else matrix
     norms = jnp.linalg.norm(matrix.astype(jnp.float64), axis=0)
     rank_by = jnp.where(norms > 0, norms, jnp.inf) if bottom else -norms
     chosen = jnp.argsort(rank_by, stable=True)[:k]
     return _exact(matrix, jax.nn.one_hot(chosen, len(norms), dtype=matrix.dtype).T, jnp.max(norms))
 
 
-@jax.jit
-def given(matrix: Array, directions: Array) -> Subspace:
+@partial(jax.jit, static_argnames=("transposed",))
+def given(matrix: Array, directions: Array, *, transposed: bool) -> Subspace:
     """Return the span of the given columns, orthonormalized with their signs kept."""
+    matrix = matrix.T if transposed else matrix
     U, R = jnp.linalg.qr(directions)
     U = U * jnp.where(jnp.diagonal(R) < 0, -1.0, 1.0)
     return _exact(matrix, U, jnp.linalg.norm(matrix.astype(jnp.float64)))

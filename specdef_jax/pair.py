@@ -47,11 +47,13 @@ def _symmetric(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array
     U = _orthonormalize(U)
     narrow = U.astype(jnp.promote_types(matrix.dtype, jnp.float32))
     if side == "output":
-        added = _matmul(_matmul(matrix, narrow).astype(jnp.float64), _transpose(U))
+        along = (alpha - 1) * _matmul(matrix, narrow).astype(jnp.float64)
+        added = _matmul(along, _transpose(U))
     else:
-        added = _matmul(U, _matmul(_transpose(narrow), matrix).astype(jnp.float64))
-    comp = jnp.eye(U.shape[-2]) + (1 / alpha - 1) * _matmul(U, _transpose(U))
-    return matrix + (alpha - 1) * added, comp
+        along = (alpha - 1) * _matmul(_transpose(narrow), matrix).astype(jnp.float64)
+        added = _matmul(U, along)
+    comp = jnp.eye(U.shape[-2]) + _matmul((1 / alpha - 1) * U, _transpose(U))
+    return matrix + added, comp
 
 
 def _rotated(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array, Array]:
@@ -85,7 +87,11 @@ def _orthonormalize(U: Array) -> Array:
     C Wt = W holds to the orthonormality of U times alpha, so U as found is not good enough.
     """
     factor = jnp.linalg.cholesky(_matmul(_transpose(U), U))
-    return _transpose(jax.scipy.linalg.solve_triangular(factor, _transpose(U), lower=True))
+    identity = jnp.broadcast_to(jnp.eye(U.shape[-1]), factor.shape)
+    inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
+    # A product and not a solve with U: LAPACK's column order would spread from a solve to the large
+    # products, which then take twice as long on a CPU.
+    return _matmul(U, _transpose(inverse))
 
 
 def _matmul(a: Array, b: Array) -> Array:

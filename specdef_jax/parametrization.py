@@ -64,6 +64,21 @@ class KernelAxes:
         order, shape = self._matrix_layout(kernel.shape, side)
         return kernel.transpose(order).reshape(shape)
 
+    def to_sided(self, kernel: Array, side: Side) -> Float[Array, "*stack rows columns"]:
+        """Return (*stack, rest, d) on the output side and (*stack, d, rest) on the input side.
+
+        The orientation in which a kernel (in, out) is its own matrix: nothing is moved or copied.
+        """
+        order, shape = self._sided_layout(kernel.shape, side)
+        kernel = kernel if order == tuple(range(kernel.ndim)) else kernel.transpose(order)
+        return kernel if shape == kernel.shape else kernel.reshape(shape)
+
+    def from_sided(self, matrix: Array, shape: tuple[int, ...], side: Side) -> Array:
+        """Undo to_sided for a kernel of the given shape."""
+        order, _ = self._sided_layout(shape, side)
+        inverse = tuple(order.index(i) for i in range(len(order)))
+        return matrix.reshape(tuple(shape[i] for i in order)).transpose(inverse)
+
     def from_matrix(self, matrix: Array, shape: tuple[int, ...], side: Side) -> Array:
         """Undo to_matrix for a kernel of the given shape."""
         order, _ = self._matrix_layout(shape, side)
@@ -71,11 +86,21 @@ class KernelAxes:
         return matrix.reshape(tuple(shape[i] for i in order)).transpose(inverse)
 
     def _matrix_layout(self, shape: tuple[int, ...], side: Side) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        rest, features = self._groups(side)
+        return self.stack + rest + features, self._sizes(shape, rest, features)
+
+    def _sided_layout(self, shape: tuple[int, ...], side: Side) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        rest, features = self._groups(side)
+        rows, columns = (rest, features) if side == "output" else (features, rest)
+        return self.stack + rows + columns, self._sizes(shape, rows, columns)
+
+    def _groups(self, side: Side) -> tuple[tuple[int, ...], tuple[int, ...]]:
         other = self.inputs if side == "output" else self.outputs
-        rest, features = self.window + other, self.features(side)
+        return self.window + other, self.features(side)
+
+    def _sizes(self, shape: tuple[int, ...], *groups: tuple[int, ...]) -> tuple[int, ...]:
         stack = tuple(shape[i] for i in self.stack)
-        sizes = (math.prod(shape[i] for i in rest), math.prod(shape[i] for i in features))
-        return self.stack + rest + features, stack + sizes
+        return stack + tuple(math.prod(shape[i] for i in group) for group in groups)
 
 
 @jax.tree_util.register_dataclass

@@ -7,142 +7,23 @@ pure function of parameters and plan, so it runs under jit, vmap over alpha and 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Real
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from specdef_jax import select, subspace, trees
 from specdef_jax.errors import LeafError, SelectionError, SpecError, StructureError
 from specdef_jax.layout import AxesLike, axes_of
-from specdef_jax.pair import Basis, build_pair
+from specdef_jax.pair import build_pair
 from specdef_jax.parametrization import Deformed, KernelAxes, Side, is_structured
 from specdef_jax.precision import FORMATS, check_budget
-
-Directions = Literal["top", "bottom", "random"] | Array | np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class SpecDef:
-    """How to deform one linear map.
-
-    Attributes:
-      alpha: factor on the chosen singular directions, > 0; powers of two are exact in the axis basis.
-      k: number of directions, 1 <= k <= min(m, n).
-      basis: "symmetric" T(a) as in the paper, "rotated" (diagonal after an orthogonal change of
-        basis), or "axis" (directions among the columns of the identity).
-      side: which side the compensation stands on; "auto" takes the side with fewer features.
-      directions: "top" or "bottom" singular directions, "random", or an array (features, k).
-      tol: residual asked of the subspace; missing it is a status, not an error.
-      budget: largest relative error of the layer in its storage dtype that is accepted
-        (THEORY.md 1.2 rule of thumb); math.inf accepts any.
-
-    Raises:
-      SpecError: a field has no meaning.
-    """
-
-    alpha: float = 2.0**13
-    k: int = 1
-    basis: Basis = "symmetric"
-    side: Literal["auto", "output", "input"] = "auto"
-    directions: Directions = "top"
-    tol: float = 1e-2
-    budget: float = 0.1
-
-    def __post_init__(self) -> None:
-        _positive("alpha", self.alpha)
-        _positive("tol", self.tol)
-        if not isinstance(self.budget, Real) or not self.budget > 0:
-            raise SpecError(f"budget = {self.budget}: must be positive (math.inf accepts any error).")
-        if isinstance(self.k, bool) or not isinstance(self.k, int | np.integer) or self.k < 1:
-            raise SpecError(f"k = {self.k!r}: the number of directions must be an integer >= 1.")
-        _one_of("basis", self.basis, get_args(Basis))
-        _one_of("side", self.side, ("auto", "output", "input"))
-        if isinstance(self.directions, str):
-            _one_of("directions", self.directions, ("top", "bottom", "random"))
-        elif not isinstance(self.directions, jax.Array | np.ndarray):
-            raise SpecError(
-                f"directions has type {type(self.directions).__name__}: "
-                "give 'top', 'bottom', 'random' or an array (features, k)."
-            )
-        elif self.basis == "axis":
-            raise SpecError("basis 'axis' chooses columns of the identity; it takes no directions array.")
-
-    @classmethod
-    def paper(cls) -> SpecDef:
-        """Return the setting reported for the paper: alpha 1e4, k 25, top singular directions."""
-        return cls(alpha=1e4, k=25)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Layer:
-    """The decision for one kernel; arrays are data, the rest static.
-
-    Attributes:
-      U: orthonormal directions (*stack, d, k), d the features of `side`.
-      alpha: the factor, a scalar.
-      singular_values: ||W restricted to each direction|| (*stack, k), before deformation.
-      residual: relative residual of the subspace (*stack), see specdef_jax.subspace.
-      status: specdef_jax.subspace.Status (*stack).
-      side, basis, axes: static.
-    """
-
-    U: Float[Array, "*stack d k"]
-    alpha: Float[Array, ""]
-    singular_values: Float[Array, "*stack k"]
-    residual: Float[Array, "*stack"]
-    status: Int[Array, "*stack"]
-    side: Side = field(metadata={"static": True})
-    basis: Basis = field(metadata={"static": True})
-    axes: KernelAxes = field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Plan:
-    """Path -> Layer for every kernel to deform: a pytree."""
-
-    layers: dict[str, Layer]
-
-    def __getitem__(self, path: str) -> Layer:
-        """Return the layer planned at a path."""
-        return self.layers[path]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over paths."""
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        """Return the number of planned layers."""
-        return len(self.layers)
-
-    def items(self) -> Iterator[tuple[str, Layer]]:
-        """Iterate over (path, layer)."""
-        return iter(self.layers.items())
-
-    def with_alpha(self, alpha: float | Float[Array, ""]) -> Plan:
-        """Return the same plan at another alpha (a traced scalar under vmap is fine), any budget accepted.
-
-        Raises:
-          SpecError: alpha is known, and not positive and finite.
-        """
-        if not isinstance(alpha, Tracer):
-            _positive("alpha", float(alpha))
-        return Plan(
-            {
-                path: replace(layer, alpha=jnp.asarray(alpha, layer.alpha.dtype))
-                for path, layer in self.items()
-            }
-        )
+from specdef_jax.spec import Layer, Plan, SpecDef
 
 
 def plan(
@@ -279,16 +160,16 @@ def _plan_leaf(name: str, kernel: Any, axes: KernelAxes, spec: SpecDef, key: PRN
     sides: tuple[Side, Side] = ("output", "input")
     side = min(sides, key=lambda s: axes.dim(shape, s)) if spec.side == "auto" else spec.side
     with jax.enable_x64(True):  # so that a float64 leaf stays float64
-        matrix, norms, largest = _look(jnp.asarray(kernel), axes, side)
-    rest, d = matrix.shape[-2:]
-    if spec.k > min(rest, d):
+        matrix = axes.to_sided(jnp.asarray(kernel), side)
+        norms, largest = _look(matrix)
+    if spec.k > min(matrix.shape[-2:]):
         raise SpecError(
-            f"'{name}': k = {spec.k} exceeds min(m, n) = {min(rest, d)} of its shape {shape}; "
+            f"'{name}': k = {spec.k} exceeds min(m, n) = {min(matrix.shape[-2:])} of its shape {shape}; "
             "choose a smaller k."
         )
     if not math.isfinite(float(largest)):
         raise LeafError(f"'{name}' holds NaN or Inf; repair the checkpoint before deforming it.")
-    found = _subspace(name, matrix, spec, key)
+    found = _subspace(name, matrix, side, spec, key)
     share = np.linalg.norm(np.asarray(found.singular_values, float), axis=-1) / np.maximum(
         np.asarray(norms), np.finfo(float).tiny
     )
@@ -313,46 +194,58 @@ def _plan_leaf(name: str, kernel: Any, axes: KernelAxes, spec: SpecDef, key: PRN
     )
 
 
-def _subspace(name: str, matrix: Array, spec: SpecDef, key: PRNGKeyArray) -> subspace.Subspace:
+def _subspace(name: str, matrix: Array, side: Side, spec: SpecDef, key: PRNGKeyArray) -> subspace.Subspace:
     """Find the directions of one matrix, or of each matrix of a stack."""
     stack = matrix.shape[:-2]
-    flat = matrix.reshape(-1, *matrix.shape[-2:])
-    keys = jax.random.split(key, len(flat))
+    features = matrix.shape[-1 if side == "output" else -2]
     given = None
     if not isinstance(spec.directions, str):
-        expected, shape = (matrix.shape[-1], spec.k), spec.directions.shape
+        expected, shape = (features, spec.k), spec.directions.shape
         if shape not in (expected, (*stack, *expected)):
             raise SpecError(
                 f"'{name}': directions have shape {shape}, give an array (features, k) = {expected}"
                 + (f", or {(*stack, *expected)} for one per layer." if stack else ".")
             )
-        given = jnp.broadcast_to(spec.directions, (*stack, *expected)).reshape(-1, *expected)
-    found = []
-    for i, (one, one_key) in enumerate(zip(flat, keys, strict=True)):
-        found.append(_directions(one, spec, None if given is None else given[i], one_key))
+        given = jnp.broadcast_to(spec.directions, (*stack, *expected))
+    if not stack:
+        return _directions(matrix, side, spec, given, key)
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    chosen = [None] * len(flat) if given is None else list(given.reshape(-1, *given.shape[-2:]))
+    keys = jax.random.split(key, len(flat))
+    found = [
+        _directions(one, side, spec, directions, one_key)
+        for one, directions, one_key in zip(flat, chosen, keys, strict=True)
+    ]
     return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*stack, *parts[0].shape), *found)
 
 
-def _directions(matrix: Array, spec: SpecDef, given: Array | None, key: PRNGKeyArray) -> subspace.Subspace:
+def _directions(
+    matrix: Array, side: Side, spec: SpecDef, given: Array | None, key: PRNGKeyArray
+) -> subspace.Subspace:
+    features = matrix.shape[-1 if side == "output" else -2]
+    transposed = side == "input"
     if given is not None:
-        return subspace.given_subspace(matrix, given)
+        return subspace.given_subspace(matrix, given, transposed=transposed)
     if spec.basis == "axis":
         if spec.directions == "random":
-            chosen = jax.random.choice(key, matrix.shape[-1], (spec.k,), replace=False)
-            return subspace.given_subspace(matrix, jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[:, chosen])
-        return subspace.axis_subspace(matrix, spec.k, bottom=spec.directions == "bottom")
+            chosen = jax.random.choice(key, features, (spec.k,), replace=False)
+            axes = jnp.eye(features, dtype=matrix.dtype)[:, chosen]
+            return subspace.given_subspace(matrix, axes, transposed=transposed)
+        bottom = spec.directions == "bottom"
+        return subspace.axis_subspace(matrix, spec.k, bottom=bottom, transposed=transposed)
     if spec.directions == "random":
-        return subspace.random_subspace(matrix, spec.k, key=key)
+        return subspace.random_subspace(matrix, spec.k, key=key, transposed=transposed)
     find = subspace.top_subspace if spec.directions == "top" else subspace.bottom_subspace
-    return find(matrix, spec.k, tol=spec.tol, key=key)
+    return find(matrix, spec.k, tol=spec.tol, key=key, transposed=transposed)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "side"))
-def _look(kernel: Array, axes: KernelAxes, side: Side) -> tuple[Array, Array, Array]:
-    """Return the kernel as a matrix, its Frobenius norm(s), and its largest magnitude (NaN if any is)."""
-    matrix = axes.to_matrix(kernel, side)
-    norms = jnp.sqrt(jnp.sum(jnp.square(matrix.astype(jnp.float64)), axis=(-2, -1)))
-    return matrix, norms, jnp.max(jnp.abs(matrix))
+@jax.jit
+def _look(matrix: Array) -> tuple[Array, Array]:
+    """Return the Frobenius norm(s) of a matrix or stack, and its largest magnitude (NaN if any is)."""
+    largest = jnp.max(jnp.abs(matrix))
+    unit = jnp.where(largest > 0, largest, 1)
+    scaled = (matrix / unit).astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    return unit * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(-2, -1))), largest
 
 
 def _deform_leaf(name: str, kernel: Array, layer: Layer) -> Deformed:
@@ -382,22 +275,6 @@ def _pair_of(kernel: Array, layer: Layer) -> tuple[Array, Array]:
     """Build the pair in float64 and round it once to the kernel's dtype."""
     axes, side = layer.axes, layer.side
 
-    def turn(matrix: Array) -> Array:  # (rest, d) <-> the orientation of the side
-        return matrix if side == "output" else jnp.swapaxes(matrix, -1, -2)
-
-    matrix = turn(axes.to_matrix(kernel, side))
-    weight, comp = build_pair(matrix, layer.U, layer.alpha, layer.basis, side)
-    weight = axes.from_matrix(turn(weight), kernel.shape, side)
+    weight, comp = build_pair(axes.to_sided(kernel, side), layer.U, layer.alpha, layer.basis, side)
+    weight = axes.from_sided(weight, kernel.shape, side)
     return weight.astype(kernel.dtype), comp.astype(kernel.dtype)
-
-
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise SpecError(f"{name} = {value!r}: must be a number.")
-    if not math.isfinite(value) or value <= 0:
-        raise SpecError(f"{name} = {value}: must be positive and finite.")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SpecError(f"{name} = {value!r}: must be one of {', '.join(map(repr, allowed))}.")

@@ -41,6 +41,7 @@ def top_subspace(
     tol: float = 1e-2,
     max_passes: int = 12,
     key: PRNGKeyArray,
+    transposed: bool = False,
 ) -> Subspace:
     """Return the leading k right singular vectors, by randomized block subspace iteration.
 
@@ -56,6 +57,7 @@ def top_subspace(
       tol: bound asked of the residual.
       max_passes: most passes to spend.
       key: draws the starting block.
+      transposed: the array is M^T, (d, rest), which saves a copy of it.
 
     Raises:
       SpecError: k is out of range.
@@ -71,8 +73,8 @@ def top_subspace(
     with jax.enable_x64(True):  # only so that a float64 matrix stays float64
         matrix = _checked(matrix, k)
         if _is_small(matrix, k):
-            return search.dense(matrix, k, bottom=False)
-        return search.top(matrix, k, tol, max_passes, key)
+            return search.dense(matrix, k, bottom=False, transposed=transposed)
+        return search.top(matrix, k, tol, max_passes, key, transposed=transposed)
 
 
 def bottom_subspace(
@@ -82,6 +84,7 @@ def bottom_subspace(
     tol: float = 1e-2,
     max_passes: int = 30,
     key: PRNGKeyArray,
+    transposed: bool = False,
 ) -> Subspace:
     """Return the right singular vectors of the k smallest of the min(rest, d) singular values.
 
@@ -99,11 +102,11 @@ def bottom_subspace(
     with jax.enable_x64(True):
         matrix = _checked(matrix, k)
         if _is_small(matrix, k):
-            return search.dense(matrix, k, bottom=True)
-        return search.bottom(matrix, k, tol, max_passes, key)
+            return search.dense(matrix, k, bottom=True, transposed=transposed)
+        return search.bottom(matrix, k, tol, max_passes, key, transposed=transposed)
 
 
-def axis_subspace(matrix: Matrix, k: int, *, bottom: bool = False) -> Subspace:
+def axis_subspace(matrix: Matrix, k: int, *, bottom: bool = False, transposed: bool = False) -> Subspace:
     """Return the k columns of the identity at the features of largest norm (basis "axis").
 
     With `bottom`, the features of smallest norm that are not zero; zero features come last, with
@@ -111,20 +114,21 @@ def axis_subspace(matrix: Matrix, k: int, *, bottom: bool = False) -> Subspace:
     is THEORY.md 0.
     """
     with jax.enable_x64(True):
-        return search.axis(_checked(matrix, k), k, bottom)
+        return search.axis(_checked(matrix, k), k, bottom, transposed=transposed)
 
 
-def random_subspace(matrix: Matrix, k: int, *, key: PRNGKeyArray) -> Subspace:
+def random_subspace(matrix: Matrix, k: int, *, key: PRNGKeyArray, transposed: bool = False) -> Subspace:
     """Return k uniformly random orthonormal directions: the control for a choice of directions.
 
     Errors are those of top_subspace.
     """
     with jax.enable_x64(True):
         matrix = _checked(matrix, k)
-        return search.given(matrix, search.normal(key, (matrix.shape[1], k), jnp.float64))
+        directions = search.normal(key, (matrix.shape[0 if transposed else 1], k), jnp.float64)
+        return search.given(matrix, directions, transposed=transposed)
 
 
-def given_subspace(matrix: Matrix, directions: Matrix) -> Subspace:
+def given_subspace(matrix: Matrix, directions: Matrix, *, transposed: bool = False) -> Subspace:
     """Return the user's directions, orthonormalized from the first column on.
 
     `directions` is (d, k); orthonormal ones come back unchanged. Under jit, where values cannot be looked at,
@@ -140,14 +144,15 @@ def given_subspace(matrix: Matrix, directions: Matrix) -> Subspace:
         if directions.ndim != 2:
             raise SpecError(f"directions have shape {directions.shape}: give an array (features, k).")
         matrix = _checked(matrix, directions.shape[1])
-        if directions.shape[0] != matrix.shape[1]:
+        features = matrix.shape[0 if transposed else 1]
+        if directions.shape[0] != features:
             raise SpecError(
-                f"directions have shape {directions.shape}, but the matrix has {matrix.shape[1]} features: "
-                f"give an array ({matrix.shape[1]}, k)."
+                f"directions have shape {directions.shape}, but the matrix has {features} features: "
+                f"give an array ({features}, k)."
             )
         if not isinstance(directions, Tracer):
             _check_columns(np.asarray(directions))
-        return search.given(matrix, directions.astype(jnp.float64))
+        return search.given(matrix, directions.astype(jnp.float64), transposed=transposed)
 
 
 def _checked(matrix: Matrix, k: int) -> Array:

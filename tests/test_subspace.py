@@ -328,3 +328,22 @@ def test_any_spectrum_and_scale_gives_an_honest_subspace(shape, k, seed, log_sca
     assert energy <= np.sum(values[:k] ** 2) * (1 + 1e-5)
     if Status(int(found.status)) in (Status.CONVERGED, Status.EXACT) and not bottom:
         assert energy >= 0.98 * np.sum(values[:k] ** 2)
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (400, 300)])
+def test_transposed_input_finds_the_same_subspaces(shape):
+    matrix = np.random.default_rng(0).standard_normal(shape)
+    given_directions = np.eye(shape[1])[:, :2]
+    for find in (
+        lambda m, **how: top_subspace(m, 2, key=KEY, **how),
+        lambda m, **how: bottom_subspace(m, 2, key=KEY, **how),
+        lambda m, **how: axis_subspace(m, 2, **how),
+        lambda m, **how: random_subspace(m, 2, key=KEY, **how),
+        lambda m, **how: given_subspace(m, given_directions, **how),
+    ):
+        plain, turned = find(matrix), find(matrix.T, transposed=True)
+        assert turned.U.shape == (shape[1], 2)
+        np.testing.assert_allclose(turned.singular_values, plain.singular_values, rtol=1e-3)
+        projector = np.asarray(plain.U @ plain.U.T)
+        if shape != (400, 300):  # without a gap an iteration finds a subspace of its own
+            np.testing.assert_allclose(turned.U @ turned.U.T, projector, atol=1e-9)

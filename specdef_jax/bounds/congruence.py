@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from specdef_jax import trees
 from specdef_jax.errors import StructureError
 from specdef_jax.parametrization import Deformed, is_structured
-from specdef_jax.specdef import Layer, Plan
+from specdef_jax.spec import Layer, Plan
 
 
 def phi(tree: PyTree, plan: Plan) -> PyTree:

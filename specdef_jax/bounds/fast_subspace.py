@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from specdef_jax import trees
 from specdef_jax.errors import StructureError
 from specdef_jax.parametrization import Problem, loss_on
-from specdef_jax.specdef import Layer, Plan
+from specdef_jax.spec import Layer, Plan
 
 
 def fast_subspace(loss: Callable[..., Array], params: PyTree, plan: Plan, *args: Any) -> Problem:

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from specdef_jax.bounds.congruence import condition
 from specdef_jax.bounds.fast_subspace import fast_subspace
 from specdef_jax.curvature import eigsh, hessian
-from specdef_jax.specdef import Plan, apply_plan
+from specdef_jax.spec import Plan
+from specdef_jax.specdef import apply_plan
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,8 @@ from jaxtyping import PRNGKeyArray, PyTree
 from specdef_jax import attacks, curvature, race
 from specdef_jax.certification.config import Config
 from specdef_jax.parametrization import Problem, problem
-from specdef_jax.specdef import Plan, SpecDef, apply_plan, plan
+from specdef_jax.spec import Plan, SpecDef
+from specdef_jax.specdef import apply_plan, plan
 from specdef_jax.tasks.task import Task
 
 SHARPNESS_TOL = 1e-5

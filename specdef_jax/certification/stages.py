@@ -21,7 +21,8 @@ from specdef_jax.parametrization import Problem, loss_on, problem
 from specdef_jax.precision import FORMATS, alpha_max
 from specdef_jax.preservation import bit_identical, preservation
 from specdef_jax.race.control import scalar_control
-from specdef_jax.specdef import Plan, SpecDef, apply_plan, plan
+from specdef_jax.spec import Plan, SpecDef
+from specdef_jax.specdef import apply_plan, plan
 from specdef_jax.subspace import Status
 from specdef_jax.tasks.task import Task
 from specdef_jax.words import Word

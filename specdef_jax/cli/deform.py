@@ -15,7 +15,8 @@ from specdef_jax.cli.console import Report, reporting, show_table
 from specdef_jax.errors import FileError
 from specdef_jax.files import exists_already
 from specdef_jax.parametrization import Deformed, is_structured
-from specdef_jax.specdef import Layer, Plan, SpecDef, apply_plan, plan
+from specdef_jax.spec import Layer, Plan, SpecDef
+from specdef_jax.specdef import apply_plan, plan
 from specdef_jax.subspace_result import Status
 from specdef_jax.trees import named_leaves
 

@@ -24,7 +24,7 @@ from jaxtyping import PyTree
 
 from specdef_jax.errors import FileError, SpecError
 from specdef_jax.parametrization import Deformed, KernelAxes, Side, is_structured
-from specdef_jax.specdef import Plan
+from specdef_jax.spec import Plan
 from specdef_jax.trees import named_leaves
 
 log = logging.getLogger(__name__)

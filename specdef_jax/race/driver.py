@@ -42,7 +42,7 @@ def run(
     step_sizes: Grids,
     seeds: int = 1,
     target: float,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     eval_every: int = 1,
     eval_args: Sequence[Any] | None = None,
     prune: bool = False,
@@ -61,7 +61,7 @@ def run(
       step_sizes: one ascending grid for all, or name -> grid of equal lengths.
       seeds: number of data orders; 1 for a deterministic problem.
       target: loss at which a run has arrived.
-      key: for the data orders.
+      key: for the data orders; fixed by default, so that races of different problems are paired.
       eval_every: steps between evaluations against the target.
       eval_args: fixed args to evaluate on; None reads the loss of the step itself, which is exact
         when `sample` is deterministic and free of charge.
@@ -79,6 +79,7 @@ def run(
       SpecError: a grid or a count has no meaning.
     """
     _check_count("seeds", seeds)
+    key = jax.random.key(0) if key is None else key
     args = sample(key)
     return run_problems(
         [problem(loss, params, *args)],
@@ -105,7 +106,7 @@ def run_problems(
     steps: int,
     step_sizes: Grids,
     target: float | Sequence[float],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None = None,
     orders: int = 1,
     eval_every: int = 1,
     eval_args: Sequence[Any] | None = None,
@@ -144,6 +145,7 @@ def run_problems(
         _check_count("lanes", lanes)
     if not optimizers:
         raise SpecError("no optimizer given; pass {name: step_size -> optax transformation}.")
+    key = jax.random.key(0) if key is None else key
     as_partial = sample if isinstance(sample, Partial) else Partial(sample)
     stacked = _stack(problems)
     eval_args = None if eval_args is None else tuple(eval_args)

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 import specdef_jax as sd
 from specdef_jax import bounds, trees
 from specdef_jax.errors import StructureError
-from specdef_jax.specdef import Plan
+from specdef_jax.spec import Plan
 
 KEY = jax.random.key(3)
 TOLERANCE = 1e-10

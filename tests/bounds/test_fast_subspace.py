@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 import specdef_jax as sd
 from specdef_jax import bounds
 from specdef_jax.errors import StructureError
-from specdef_jax.specdef import Plan
+from specdef_jax.spec import Plan
 
 KEY = jax.random.key(5)
 

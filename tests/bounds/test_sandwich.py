@@ -10,7 +10,7 @@ import pytest
 
 import specdef_jax as sd
 from specdef_jax import bounds, curvature
-from specdef_jax.specdef import Plan
+from specdef_jax.spec import Plan
 
 KEY = jax.random.key(7)
 ALPHAS = (1.0, 2.0, 8.0, 64.0)
