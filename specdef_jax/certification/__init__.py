@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 
-from specdef_jax.certification import stages
+from specdef_jax.certification import race_stage, stages
 from specdef_jax.certification.config import Config
-from specdef_jax.certification.stages import Progress
-from specdef_jax.certification.store import SCHEMA, dumps, loads, plain, staged
+from specdef_jax.certification.store import SCHEMA, Progress, dumps, loads, plain, staged
 from specdef_jax.certification.summary import summary_rows
 from specdef_jax.environment import describe
 from specdef_jax.errors import FileError
@@ -98,7 +97,7 @@ def certify(
             "task": keep("task", lambda: stages.task_facts(task, config)),
             "preservation": keep("preservation", lambda: stages.preserved(task, config, tell)),
             "curvature": keep("curvature", lambda: stages.curved(task, config, tell)),
-            "race": stages.raced(task, _task(config, config.seeds), config, tell, keep),
+            "race": race_stage.raced(task, _task(config, config.seeds), config, tell, keep),
         }
     header = {
         "schema": SCHEMA,

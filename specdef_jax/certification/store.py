@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 
+Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
+Keep = Callable[[str, Callable[[], Any]], Any]  # keep(name, compute) -> stored or computed result
+
 
 def fingerprint(config: Config) -> str:
     """Return what a stored stage must have been computed with: config, code version, schema."""

@@ -5,7 +5,7 @@ import pytest
 
 import specdef_jax as sd
 from specdef_jax import certification
-from specdef_jax.certification import Config, certify, load_results, stages, store
+from specdef_jax.certification import Config, certify, load_results, race_stage, stages, store
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_rerun_resumes_and_fresh_does_not(smoke, out, monkeypatch):
 
     monkeypatch.setattr(stages, "preserved", refuse)
     monkeypatch.setattr(stages, "curved", refuse)
-    monkeypatch.setattr(stages, "_race_arm", refuse)
+    monkeypatch.setattr(race_stage, "_race_arm", refuse)
     again = certify(out, Config.preset("smoke"))
     assert store.dumps(again.results["race"]) == store.dumps(smoke[0].results["race"])
     with pytest.raises(AssertionError, match="computed again"):

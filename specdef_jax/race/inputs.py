@@ -1,0 +1,84 @@
+"""What a race is given, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from specdef_jax import trees
+from specdef_jax.errors import ProblemError, SpecError, StructureError
+from specdef_jax.parametrization import Problem
+from specdef_jax.race.grid import check_grid
+
+Grids = Sequence[float] | np.ndarray | Mapping[str, Sequence[float] | np.ndarray]
+
+
+def stack(problems: Sequence[Problem]) -> Problem:
+    """Return the problems stacked along a new leading axis; they must agree in structure and shapes."""
+    if not problems:
+        raise SpecError("no problem given; pass at least one.")
+    first = jax.tree.structure(problems[0])
+    for i, other in enumerate(problems):
+        if jax.tree.structure(other) != first:
+            raise StructureError(f"problem {i} has another structure than problem 0; race them apart.")
+        for (name, a), b in zip(trees.named_leaves(problems[0]), jax.tree.leaves(other), strict=True):
+            if (jnp.shape(a), jnp.result_type(a)) != (jnp.shape(b), jnp.result_type(b)):
+                raise StructureError(
+                    f"'{name}' is {jnp.result_type(b)}{jnp.shape(b)} in problem {i}, but "
+                    f"{jnp.result_type(a)}{jnp.shape(a)} in problem 0; race them apart."
+                )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+
+
+def targets(target: float | Sequence[float], count: int) -> np.ndarray:
+    """Return one target per problem."""
+    targets = np.asarray(target, float)
+    if targets.shape not in ((), (count,)):
+        raise SpecError(
+            f"targets have shape {targets.shape} for {count} problems; give one, or one per problem."
+        )
+    return np.broadcast_to(targets, (count,))
+
+
+def grids(step_sizes: Grids, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return the grid of each optimizer, all ascending and of one length."""
+    grids = {}
+    for name in names:
+        if isinstance(step_sizes, Mapping) and name not in step_sizes:
+            raise SpecError(f"optimizer {name!r} has no grid of step sizes; grids: {', '.join(step_sizes)}.")
+        grids[name] = check_grid(name, step_sizes[name] if isinstance(step_sizes, Mapping) else step_sizes)
+    if len({grid.size for grid in grids.values()}) != 1:
+        raise SpecError("the grids of step sizes differ in length; give each optimizer as many.")
+    return grids
+
+
+@jax.jit
+def _start_losses(problems: Problem, args: Sequence[Any]) -> Float[Array, "problems"]:
+    return jax.lax.map(lambda p: p.loss(p.params, *args), problems)
+
+
+def check_start(problems: Problem, args: Sequence[Any], targets: np.ndarray) -> None:
+    """Raise ProblemError for a start that is not finite or meets its target already."""
+    for i, (loss, target) in enumerate(
+        zip(np.asarray(_start_losses(problems, tuple(args))), targets, strict=True)
+    ):
+        if not np.isfinite(loss):
+            raise ProblemError(f"problem {i} starts at loss {loss}; repair its parameters or data.")
+        if not np.isfinite(target):
+            raise ProblemError(f"problem {i} has target {target}; give a finite loss.")
+        if loss <= target:
+            raise ProblemError(
+                f"problem {i} starts at loss {loss:.4g}, which meets the target {target:.4g} already; "
+                "choose a lower target."
+            )
+
+
+def check_count(name: str, n: int) -> None:
+    """Raise SpecError unless n is a positive integer."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise SpecError(f"{name} = {n!r}: must be a positive integer.")
