@@ -132,7 +132,8 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path: Path, monkeypatch
 
 
 _SLOW_WRITER = """
-import sys, time, pathlib
+import signal, sys, time, pathlib
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 from specdef_jax.files import atomic_write
 def write(temporary):
     temporary.write_text("half")

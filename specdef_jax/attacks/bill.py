@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from specdef_jax import trees
-from specdef_jax.parametrization import Problem, merge
+from specdef_jax.parametrization import Problem
 
 
 class Knowledge(enum.IntEnum):
@@ -58,24 +60,25 @@ class Attack:
     bill: Bill
 
 
-def price(
+def carry_out(
     name: str,
-    task: Problem,
+    convert: Callable[[], Problem],
     plain: Problem,
     *args: Any,
-    knowledge: Knowledge,
-    conversion_seconds: float,
+    knowledge: Knowledge = Knowledge.WHICH_LAYERS,
 ) -> Attack:
-    """Write the bill of an attack by comparing its problem with that of the plain network.
+    """Convert a deformed network into what the attacker trains, timed, and write the bill.
 
     Args:
       name: of the attack.
-      task: what the attacker trains.
-      plain: the same network undeformed, on the same loss.
+      convert: builds the attacker's problem.
+      plain: the same network undeformed, on the same loss, to compare with.
       args: data of one step, for the FLOPs.
       knowledge: what the attacker must know.
-      conversion_seconds: as measured.
     """
+    begin = time.perf_counter()
+    task = jax.block_until_ready(convert())
+    seconds = time.perf_counter() - begin
     # Arrays that the loss holds frozen count; read_back holds the same ones.
     added = trees.size((task.params, task.loss)) - trees.size((plain.params, plain.loss))
     flops, plain_flops = gradient_flops(task, *args), gradient_flops(plain, *args)
@@ -88,7 +91,7 @@ def price(
             added_share=added / trees.size(plain.params),
             added_flops=flops - plain_flops,
             added_flops_share=(flops - plain_flops) / plain_flops,
-            conversion_seconds=conversion_seconds,
+            conversion_seconds=seconds,
         ),
     )
 
@@ -98,12 +101,6 @@ def gradient_flops(task: Problem, *args: Any) -> float:
     analysis = jax.jit(_gradient).lower(task, args).compile().cost_analysis()
     found = analysis[0] if isinstance(analysis, list) else analysis
     return float((found or {}).get("flops", float("nan")))
-
-
-def plain_problem(loss: Any, deformed: PyTree) -> Problem:
-    """Return the problem of training the merged network itself."""
-    partial = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
-    return Problem(merge(deformed), partial, jax.tree_util.Partial(merge))
 
 
 def _gradient(task: Problem, args: tuple[Any, ...]) -> tuple[Array, PyTree]:

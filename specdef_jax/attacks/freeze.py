@@ -6,7 +6,7 @@ undeformed value; only k output directions of the layer stay slow.
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,8 +16,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
 from specdef_jax import trees
-from specdef_jax.attacks.bill import Attack, Knowledge, plain_problem, price
-from specdef_jax.errors import ProblemError
+from specdef_jax.attacks.bill import Attack, carry_out
+from specdef_jax.attacks.released import pairs_of, plain_problem
 from specdef_jax.parametrization import Deformed, Problem, is_structured, loss_on, merge
 
 
@@ -32,37 +32,19 @@ def freeze(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
     Raises:
       ProblemError: nothing is deformed.
     """
-    begin = time.perf_counter()
-    task = jax.block_until_ready(freeze_problem(loss, deformed, *args))
-    seconds = time.perf_counter() - begin
-    return price(
-        "freeze",
-        task,
-        plain_problem(loss, deformed),
-        *args,
-        knowledge=Knowledge.WHICH_LAYERS,
-        conversion_seconds=seconds,
-    )
+    convert = functools.partial(_problem, loss, deformed, *args)
+    return carry_out("freeze", convert, plain_problem(loss, deformed), *args)
 
 
-def freeze_problem(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Problem:
+def _problem(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Problem:
     """Return the trainable tree (plain leaves in place of pairs) with the compensations as data."""
     # The weights are trained: held once, in params.
-    pairs = {name: replace(pair, weight=None) for name, pair in split_pairs(deformed).items()}
+    pairs = {name: replace(pair, weight=None) for name, pair in pairs_of(deformed).items()}
     params = jax.tree.map(
         lambda leaf: leaf.weight if isinstance(leaf, Deformed) else leaf, deformed, is_leaf=is_structured
     )
     as_partial = loss_on(loss, deformed, *args)
     return Problem(params, Partial(_frozen_loss, as_partial, pairs), Partial(_read_frozen, pairs))
-
-
-def split_pairs(deformed: PyTree) -> dict[str, Deformed]:
-    """Return the deformed leaves by name; ProblemError when there are none to attack."""
-    named = trees.named_leaves(deformed, is_leaf=is_structured)
-    pairs = {name: leaf for name, leaf in named if isinstance(leaf, Deformed)}
-    if not pairs:
-        raise ProblemError("no leaf of this tree is deformed; there is nothing to attack.")
-    return pairs
 
 
 def _frozen_loss(loss: Partial, pairs: dict[str, Deformed], params: PyTree, *args: Any) -> Array:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jaxtyping import Array, PyTree
 
-from specdef_jax.attacks.bill import Attack, Knowledge, plain_problem, price
-from specdef_jax.attacks.freeze import split_pairs
+from specdef_jax.attacks.bill import Attack, carry_out
+from specdef_jax.attacks.released import pairs_of, plain_problem
 
 
 def fuse(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
@@ -24,8 +23,6 @@ def fuse(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
     Raises:
       ProblemError: nothing is deformed.
     """
-    split_pairs(deformed)
-    begin = time.perf_counter()
-    task = jax.block_until_ready(plain_problem(loss, deformed))
-    seconds = time.perf_counter() - begin
-    return price("fuse", task, task, *args, knowledge=Knowledge.WHICH_LAYERS, conversion_seconds=seconds)
+    pairs_of(deformed)
+    convert = functools.partial(plain_problem, loss, deformed)
+    return carry_out("fuse", convert, convert(), *args)

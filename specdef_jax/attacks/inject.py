@@ -6,7 +6,7 @@ their own state alone, (W + B_t, rest_t) is fine-tuning of the original network,
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +16,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
 from specdef_jax import trees
-from specdef_jax.attacks.bill import Attack, Knowledge, plain_problem, price
-from specdef_jax.attacks.freeze import split_pairs
+from specdef_jax.attacks.bill import Attack, carry_out
+from specdef_jax.attacks.released import pairs_of, plain_problem
 from specdef_jax.parametrization import Deformed, Problem, is_structured
 
 
@@ -32,21 +32,12 @@ def inject(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
     Raises:
       ProblemError: nothing is deformed.
     """
-    begin = time.perf_counter()
-    task = jax.block_until_ready(_problem(loss, deformed))
-    seconds = time.perf_counter() - begin
-    return price(
-        "inject",
-        task,
-        plain_problem(loss, deformed),
-        *args,
-        knowledge=Knowledge.WHICH_LAYERS,
-        conversion_seconds=seconds,
-    )
+    convert = functools.partial(_problem, loss, deformed)
+    return carry_out("inject", convert, plain_problem(loss, deformed), *args)
 
 
 def _problem(loss: Callable[..., Array], deformed: PyTree) -> Problem:
-    pairs = split_pairs(deformed)
+    pairs = pairs_of(deformed)
     params = jax.tree.map(
         lambda leaf: jnp.zeros_like(leaf.weight) if isinstance(leaf, Deformed) else leaf,
         deformed,
