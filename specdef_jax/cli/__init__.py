@@ -6,6 +6,7 @@ It needs the extra `cli`; this file does not, so that it can say so.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpecDefError as error:
         return _fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        return _fail("interrupted; no half-written output was left behind", 130)
+        code = _fail("interrupted; no half-written output was left behind", 130)
+        if argv is None:
+            # Files are whole at any moment. A thread inside XLA's compiler may still run, and taking the
+            # interpreter down under it crashes now and then, so the process ends here.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
     except SystemExit as stop:  # the parser's, after it has printed help or what is wrong
         return stop.code if isinstance(stop.code, int) else 2 if stop.code else 0
 

@@ -225,6 +225,7 @@ def test_deterministic_in_the_key():
     assert np.any(np.asarray(first) != np.asarray(other))
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="older XLA copies the basis once more")
 def test_memory_is_one_basis_and_the_kept_vectors():
     n = 100_000
     op = linear(Partial(jnp.multiply, jnp.linspace(0, 1, n)), jax.ShapeDtypeStruct((n,), jnp.float64))

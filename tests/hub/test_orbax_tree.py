@@ -58,7 +58,7 @@ def test_what_orbax_saved_is_read(tmp_path: Path):
 
 
 def test_a_sharded_checkpoint_is_read_on_the_host(tmp_path: Path):
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(jnp.arange(16.0), jax.NamedSharding(mesh, jax.P("x")))
     found = hub.read_tree(save(tmp_path / "c", {"w": spread})).params["w"]
     assert isinstance(found, np.ndarray)
