@@ -139,7 +139,7 @@ for shift, name in zip((-0.25, 0, 0.25), sd.race.FIRST_ORDER, strict=True):
     ax.bar(position + shift, [row[name] for row in rows.values()], width=0.22, label=name)
 ax.set(yscale="log", ylabel="steps to the target", title="Slower, and undone (a missing bar: not reached)")
 ax.set_xticks(position, list(rows))
-ax.legend(frameon=False, ncols=3)
+ax.legend(frameon=False, loc="upper left")
 plt.show()
 
 for name, row in rows.items():
