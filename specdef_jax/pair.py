@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from specdef_jax.parametrization import Side
+from specdef_jax.parametrization import full_precision_matmul as matmul
 
 Basis = Literal["symmetric", "rotated", "axis"]
 
@@ -47,12 +48,12 @@ def _symmetric(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array
     U = _orthonormalize(U)
     narrow = U.astype(jnp.promote_types(matrix.dtype, jnp.float32))
     if side == "output":
-        along = (alpha - 1) * _matmul(matrix, narrow).astype(jnp.float64)
-        added = _matmul(along, _transpose(U))
+        along = (alpha - 1) * matmul(matrix, narrow).astype(jnp.float64)
+        added = matmul(along, _transpose(U))
     else:
-        along = (alpha - 1) * _matmul(_transpose(narrow), matrix).astype(jnp.float64)
-        added = _matmul(U, along)
-    comp = jnp.eye(U.shape[-2]) + _matmul((1 / alpha - 1) * U, _transpose(U))
+        along = (alpha - 1) * matmul(_transpose(narrow), matrix).astype(jnp.float64)
+        added = matmul(U, along)
+    comp = jnp.eye(U.shape[-2]) + matmul((1 / alpha - 1) * U, _transpose(U))
     return matrix + added, comp
 
 
@@ -63,8 +64,8 @@ def _rotated(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array, 
     matrix = matrix.astype(jnp.float64)
     # Scaling after the product: a power of two then changes exponents only (THEORY.md 1.3).
     if side == "output":
-        return _matmul(matrix, Q) * scales, _transpose(Q) / scales[:, None]
-    return scales[:, None] * _matmul(_transpose(Q), matrix), Q / scales
+        return matmul(matrix, Q) * scales, _transpose(Q) / scales[:, None]
+    return scales[:, None] * matmul(_transpose(Q), matrix), Q / scales
 
 
 def _axis(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array, Array]:
@@ -86,16 +87,12 @@ def _orthonormalize(U: Array) -> Array:
 
     C Wt = W holds to the orthonormality of U times alpha, so U as found is not good enough.
     """
-    factor = jnp.linalg.cholesky(_matmul(_transpose(U), U))
+    factor = jnp.linalg.cholesky(matmul(_transpose(U), U))
     identity = jnp.broadcast_to(jnp.eye(U.shape[-1]), factor.shape)
     inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
     # A product and not a solve with U: LAPACK's column order would spread from a solve to the large
     # products, which then take twice as long on a CPU.
-    return _matmul(U, _transpose(inverse))
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return matmul(U, _transpose(inverse))
 
 
 def _transpose(a: Array) -> Array:

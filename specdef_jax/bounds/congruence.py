@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from specdef_jax import trees
 from specdef_jax.errors import StructureError
 from specdef_jax.parametrization import Deformed, is_structured
+from specdef_jax.parametrization import full_precision_matmul as matmul
 from specdef_jax.spec import Layer, Plan
 
 
@@ -98,10 +98,7 @@ def _scale_pair(pair: Deformed, layer: Layer, *, invert: bool) -> Deformed:
 def _symmetric_transform(matrix: Array, U: Array, alpha: Array) -> Array:
     """Return M T(a), which is also the axis basis: there U holds columns of the identity."""
     U = U.astype(matrix.dtype)
-    along = jnp.matmul(matrix, U, precision=jax.lax.Precision.HIGHEST)
-    return matrix + (alpha - 1) * jnp.matmul(
-        along, jnp.swapaxes(U, -1, -2), precision=jax.lax.Precision.HIGHEST
-    )
+    return matrix + (alpha - 1) * matmul(matmul(matrix, U), jnp.swapaxes(U, -1, -2))
 
 
 def _rotated_transform(matrix: Array, U: Array, alpha: Array) -> Array:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from specdef_jax import trees
 from specdef_jax.errors import StructureError
 from specdef_jax.parametrization import Problem, loss_on
+from specdef_jax.parametrization import full_precision_matmul as matmul
 from specdef_jax.spec import Layer, Plan
 
 
@@ -118,6 +119,5 @@ def _move(kernel: Array, layer: Layer, B: Array) -> Array:
     """Return the kernel of M + alpha (M U) B^T."""
     matrix = layer.axes.to_matrix(kernel, layer.side)
     U, alpha = layer.U.astype(kernel.dtype), layer.alpha.astype(kernel.dtype)
-    along = jnp.matmul(matrix, U, precision=jax.lax.Precision.HIGHEST)
-    step = jnp.matmul(along, jnp.swapaxes(alpha * B, -1, -2), precision=jax.lax.Precision.HIGHEST)
+    step = matmul(matmul(matrix, U), jnp.swapaxes(alpha * B, -1, -2))
     return layer.axes.from_matrix(matrix + step, kernel.shape, layer.side)

@@ -75,10 +75,13 @@ def _arms(
     def make_scalar(i: int, alpha: float) -> Problem:
         return scalar_control(task.loss, task.networks[i], task.control, alpha, *task.args)
 
-    def match(make: Callable[[int, float], Problem]) -> list[float]:
+    @functools.cache  # both matches aim at the same sharpness
+    def targets() -> list[float]:
         model = arm.deformed_arm("", "", task, top, (config.matched,) * seeds)
-        targets = [arm.sharpness(p, task.args, key) for p in model.problems]
-        return arm.match_alphas(make, targets, task.args, key)
+        return [arm.sharpness(p, task.args, key) for p in model.problems]
+
+    def match(make: Callable[[int, float], Problem]) -> list[float]:
+        return arm.match_alphas(make, targets(), task.args, key)
 
     progress("matching sharpness", 0, 2)
     bottom_alphas = tuple(keep("match_bottom", lambda: match(make_bottom)))
