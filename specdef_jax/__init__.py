@@ -20,6 +20,7 @@ from specdef_jax.errors import (
     SpecError,
     StructureError,
 )
+from specdef_jax.gauge import GaugePair, deform_pair
 from specdef_jax.layered import layered
 from specdef_jax.parametrization import Deformed, KernelAxes, Problem, merge
 from specdef_jax.precision import alpha_max
@@ -35,6 +36,7 @@ __all__ = [
     "Certification",
     "Deformed",
     "FileError",
+    "GaugePair",
     "KernelAxes",
     "Layer",
     "LayeredUnsupported",
@@ -58,6 +60,7 @@ __all__ = [
     "certify",
     "curvature",
     "deform",
+    "deform_pair",
     "layered",
     "load_results",
     "merge",

@@ -60,6 +60,35 @@ def condition(plan: Plan) -> Float[Array, ""]:
     return jnp.max(jnp.maximum(alphas, 1 / alphas))
 
 
+def ostrowski(
+    values: Float[Array, " n"], condition: Float[Array, ""] | float
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """Return the intervals in which the eigenvalues of S H S^T lie, from those of H (Ostrowski 1959).
+
+    The i-th eigenvalue is c_i times the i-th of H, both ascending, with smin(S)^2 <= c_i <= smax(S)^2. For
+    S = phi^-1 the squares are condition^-2 and condition^2, so signs are kept.
+
+    Args:
+      values: eigenvalues of H, ascending.
+      condition: ||S||, with ||S^-1|| the same.
+    """
+    grown, shrunk = values * jnp.square(condition), values / jnp.square(condition)
+    return jnp.minimum(grown, shrunk), jnp.maximum(grown, shrunk)
+
+
+def preconditioned(tree: PyTree, plan: Plan) -> PyTree:
+    """Return phi^-1 phi^-T v: the preconditioner that deforming amounts to (THEORY.md 3.2).
+
+    Gradient descent on the deformed network is, step for step, gradient descent with this preconditioner on
+    the identity-inserted one. Its eigenvalues are alpha^2 (m k per layer), 1 and alpha^-2 (k n).
+
+    Args:
+      tree: gradient at alpha = 1, with the structure of apply_plan(params, plan).
+      plan: directions and alphas.
+    """
+    return phi_inverse(phi_inverse(tree, plan), plan)  # phi is self-adjoint, in the rotated basis too
+
+
 def _scale_pairs(tree: PyTree, plan: Plan, *, invert: bool) -> PyTree:
     found = set()
 

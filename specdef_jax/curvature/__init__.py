@@ -5,6 +5,7 @@ eigenpairs, or into dense when it is small. Status says how the run ended and wh
 """
 
 from specdef_jax.curvature.dense import Dense, dense, eigvals
+from specdef_jax.curvature.kinks import Kink, kinks
 from specdef_jax.curvature.lanczos import eigsh
 from specdef_jax.curvature.narrow import NarrowFloat, narrow_floats, narrowest_float
 from specdef_jax.curvature.operators import Operator, from_matrix, hessian, linear
@@ -13,6 +14,7 @@ from specdef_jax.curvature.result import Eigen, Status
 __all__ = [
     "Dense",
     "Eigen",
+    "Kink",
     "NarrowFloat",
     "Operator",
     "Status",
@@ -21,6 +23,7 @@ __all__ = [
     "eigvals",
     "from_matrix",
     "hessian",
+    "kinks",
     "linear",
     "narrow_floats",
     "narrowest_float",

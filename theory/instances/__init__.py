@@ -1,0 +1,1 @@
+"""What the statements are evaluated on: matrices with structure, and small networks."""
