@@ -3,7 +3,7 @@
 Runs `specdef certify` into a fresh directory as a newcomer would, and keeps its results.json and the
 README's figure.
 
-    python benchmarks/certify.py
+    python -m benchmarks.certify
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import RESULTS
-
+from benchmarks._harness import RESULTS
 from specdef_jax.certification import load_results
 from specdef_jax.report import hero_figure
 

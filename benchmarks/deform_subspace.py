@@ -4,7 +4,7 @@ Peers in the same run, on one 2880 x 4096 float32 kernel with k = 25: the paper'
 SVD in float64, then U S~ V^T), and a bare jitted subspace iteration with the passes and the block
 that ours used, and nothing else. Two spectra: a power law with a gap after k, and iid Gaussian.
 
-    python benchmarks/deform_subspace.py [--quick]
+    python -m benchmarks.deform_subspace [--quick]
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.fft
 import scipy.linalg
-from harness import paired, save, seconds
 
+from benchmarks._harness import paired, save, seconds
 from specdef_jax.block_iteration import block_size
 from specdef_jax.spec import SpecDef
 from specdef_jax.specdef import deform, plan

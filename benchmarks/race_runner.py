@@ -4,7 +4,7 @@ One 64-32-10 network on the handwritten digits, float32, minibatches of 32 and 2
 the same run: all pairs for a fixed number of steps, and with an early stop at a target loss, where
 the loop asks for the loss after every step as such loops do. Results are compared, not assumed equal.
 
-    python benchmarks/race_runner.py [--quick]
+    python -m benchmarks.race_runner [--quick]
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import paired, save
 from jax.tree_util import Partial
 
+from benchmarks._harness import paired, save
 from specdef_jax import race
-from specdef_jax.tasks import digits
+from specdef_jax.tasks import digits, networks
 
 BARS = {"32": {"bar": 6.0, "goal": 12.0}, "256": {"bar": 1.3, "goal": 2.5}}
 WIDTHS = (64, 32, 10)
+NETWORK = networks.mlp(WIDTHS)
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
 
 def measure(data: digits.Digits, batch: int, early_stop: bool, config: dict[str, Any]) -> dict[str, Any]:
     """Time the race and the loop in turn, compiled before, and compare what they found."""
-    params = digits.init(jax.random.key(0), WIDTHS)
+    params = NETWORK.init(jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     sample = Partial(functools.partial(minibatch, batch), data.x, data.y)
     key = jax.random.key(1)
@@ -63,7 +64,7 @@ def measure(data: digits.Digits, batch: int, early_stop: bool, config: dict[str,
 
     def ours() -> race.RaceResult:
         return race.run(
-            digits.loss,
+            digits.loss_of(NETWORK),
             params,
             {"adam": race.adam},
             sample=sample,
@@ -110,7 +111,7 @@ def jitted_step(
 ) -> Any:
     """Take one step of Adam, as a plain training loop would."""
     args = sample(jax.random.fold_in(key, t))
-    value, grad = jax.value_and_grad(digits.loss)(params, *args)
+    value, grad = jax.value_and_grad(digits.loss_of(NETWORK))(params, *args)
     updates, state = race.adam(step_size).update(grad, state, params)
     return jax.tree.map(jnp.add, params, updates), state, value
 

@@ -1,6 +1,6 @@
 """Write the README's measured section from the JSON in benchmarks/results/.
 
-python benchmarks/readme.py
+python -m benchmarks.readme
 """
 
 from __future__ import annotations

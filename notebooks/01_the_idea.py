@@ -33,7 +33,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 import specdef_jax as sd
-from specdef_jax.tasks import digits
+from specdef_jax.tasks import digits, networks
 
 jax.config.update("jax_enable_x64", True)
 SMALL = os.environ.get("SPECDEF_NOTEBOOK_SIZE") == "small"  # what the tests set
@@ -46,7 +46,8 @@ plt.rcParams.update({"figure.figsize": (6.5, 3.2), "axes.spines.top": False, "ax
 # examples, until the loss has fallen to 0.1 nats.
 
 # %%
-task = digits.task(seeds=1, widths=(64, 8, 8, 10) if SMALL else digits.WIDTHS, target=1.0 if SMALL else 0.1)
+network = networks.mlp((64, 8, 8, 10)) if SMALL else digits.MLP
+task = digits.task(seeds=1, network=network, target=1.0 if SMALL else 0.1)
 params = task.networks[0]
 for name, fact in task.facts.items():
     print(f"{name}: {float(fact(params)):.3f}")

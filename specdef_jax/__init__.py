@@ -7,6 +7,7 @@ hold the rest. sd.certify and sd.load_results need the extra `cli`.
 """
 
 from specdef_jax import attacks, bounds, curvature, race, select, tasks
+from specdef_jax.activations import activations
 from specdef_jax.certification import Certification, certify, load_results
 from specdef_jax.errors import (
     BudgetError,
@@ -25,6 +26,7 @@ from specdef_jax.layered import layered
 from specdef_jax.parametrization import Deformed, KernelAxes, Problem, merge
 from specdef_jax.precision import alpha_max
 from specdef_jax.preservation import PreservationCertificate, bit_identical, preservation
+from specdef_jax.resistant import resistant_directions
 from specdef_jax.spec import Layer, Plan, SpecDef
 from specdef_jax.specdef import apply_plan, deform, plan
 from specdef_jax.words import Word
@@ -52,6 +54,7 @@ __all__ = [
     "SpecError",
     "StructureError",
     "Word",
+    "activations",
     "alpha_max",
     "apply_plan",
     "attacks",
@@ -67,6 +70,7 @@ __all__ = [
     "plan",
     "preservation",
     "race",
+    "resistant_directions",
     "select",
     "tasks",
 ]

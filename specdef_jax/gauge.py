@@ -38,12 +38,12 @@ class GaugePair:
 
 
 def deform_pair(
-    first: Float[Array, "n gd"],
-    second: Float[Array, "hd m"],
+    first: Float[Array, "..."],  # shapes are checked below, by errors that say what to do
+    second: Float[Array, "..."],
     spec: SpecDef,
     *,
     key: PRNGKeyArray,
-    bias: Float[Array, " gd"] | None = None,
+    bias: Float[Array, "..."] | None = None,
     groups: int = 1,
 ) -> GaugePair:
     """Deform two adjacent kernels so that their composition stays the same.
@@ -54,7 +54,7 @@ def deform_pair(
         i // (heads / groups).
       spec: how to deform; directions are those of `first`, side is ignored.
       key: for randomized subspaces.
-      bias: of the first map.
+      bias: (groups * d,), of the first map.
       groups: independent blocks of features (key-value heads), each with its own directions.
 
     Raises:

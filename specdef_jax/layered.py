@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from specdef_jax.layered_rules import conv_general_dilated, dot_general
-from specdef_jax.layered_views import MERGE, REARRANGE, View, bind, rearrange, refuse, view_of
+from specdef_jax.layered_views import MERGE, REARRANGE, Tap, View, bind, rearrange, refuse, view_of
 from specdef_jax.parametrization import Deformed, is_structured
 from specdef_jax.trees import path_name
 
@@ -53,11 +54,19 @@ def layered(apply: Callable[..., Any]) -> Callable[..., Any]:
       >>> layered(lambda params, x: x @ params["kernel"])({"kernel": leaf}, jnp.ones(2)).tolist()
       [1.0, 1.0]
     """
+    return evaluated(apply, None)
+
+
+def evaluated(apply: Callable[..., Any], tap: Tap | None) -> Callable[..., Any]:
+    """Return layered(apply), with a tap on what every compensation multiplies.
+
+    A tap needs the layers outside of scan, while and cond, whose inner values cannot leave them.
+    """
 
     @functools.wraps(apply)
     def run(*args: Any, **kwargs: Any) -> Any:
         pairs, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_structured)
-        leaves = [_operand(path, leaf) for path, leaf in pairs]
+        leaves = [_operand(path, leaf, tap) for path, leaf in pairs]
         traced = [i for i, leaf in enumerate(leaves) if _is_array(leaf) or isinstance(leaf, View)]
         operands = [leaves[i] for i in traced]
         if not any(isinstance(x, View) for x in operands):
@@ -84,10 +93,10 @@ def layered(apply: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _operand(path: tuple[Any, ...], leaf: Any) -> Any:
+def _operand(path: tuple[Any, ...], leaf: Any, tap: Tap | None) -> Any:
     if isinstance(leaf, Deformed):
         # The first two keys say which argument; they name the leaf only if it is the whole argument.
-        return view_of(leaf, path_name(path[2:]) or path_name(path[1:]))
+        return view_of(leaf, path_name(path[2:]) or path_name(path[1:]), tap)
     return leaf.materialize() if is_structured(leaf) else leaf
 
 
@@ -139,7 +148,7 @@ def _constrain(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
     if isinstance(value, View):
-        return View(_constrain(value.weight, sharding), value.comp, value.features, value.stack, value.path)
+        return replace(value, weight=_constrain(value.weight, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
 
@@ -150,6 +159,8 @@ def _closed_call(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def _remat(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     params = eqn.params
     body = functools.partial(_evaluate_list, _closed(params["jaxpr"]))
+    if _tapped(operands):  # what is tapped must leave the checkpoint, so there is none
+        return body(*operands)
     if params["differentiated"] and params["prevent_cse"]:
         # The recomputation of a gradient taken inside: without the barrier XLA would fuse it away.
         operands = lax.optimization_barrier(list(operands))
@@ -169,6 +180,7 @@ def _cond(eqn: Any, operands: Sequence[Any]) -> list[Any]:
         return lambda *inputs: _no_views("cond", _evaluate(closed, inputs))
 
     index, *inputs = operands
+    _no_taps("cond", inputs)
     return list(lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], *inputs))
 
 
@@ -178,6 +190,7 @@ def _while(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     body_end = cond_end + params["body_nconsts"]
     cond_consts, body_consts, carry = operands[:cond_end], operands[cond_end:body_end], operands[body_end:]
     _no_carried("while", carry)
+    _no_taps("while", operands)
     return lax.while_loop(
         lambda carry: _evaluate(params["cond_jaxpr"], [*cond_consts, *carry])[0],
         lambda carry: list(_no_views("while", _evaluate(params["body_jaxpr"], [*body_consts, *carry]))),
@@ -190,6 +203,7 @@ def _scan(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
     consts, carry, xs = operands[:n], operands[n:m], operands[m:]
     _no_carried("scan", carry)
+    _no_taps("scan", operands)
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
         layer = [_one_layer(x) if isinstance(x, View) else x for x in xs]
@@ -212,19 +226,29 @@ def _no_carried(primitive: str, carry: Sequence[Any]) -> None:
         refuse(primitive, carry, f"The loop carries it. Close over it instead. Or: {MERGE}.")
 
 
+def _tapped(operands: Sequence[Any]) -> bool:
+    return any(isinstance(x, View) and x.tap is not None for x in operands)
+
+
+def _no_taps(primitive: str, operands: Sequence[Any]) -> None:
+    if _tapped(operands):
+        remedy = "Activations cannot be taken out of it. Collect them in the network itself."
+        refuse(primitive, [x for x in operands if isinstance(x, View) and x.tap is not None], remedy)
+
+
 def _layers_first(view: View) -> View:
     """Bring the comp of each layer along the axis that a scan slices."""
     if 0 not in view.stack:
         refuse("scan", [view], f"The loop runs over an axis that is not a stack of layers. {MERGE}.")
     axis = view.stack.index(0)
     stack = (0, *(i for i in view.stack if i != 0))
-    return View(view.weight, jnp.moveaxis(view.comp, axis, 0), view.features, stack, view.path)
+    return replace(view, comp=jnp.moveaxis(view.comp, axis, 0), stack=stack)
 
 
 def _one_layer(view: View) -> View:
     """Name the axes of a View whose leading axis the scan has taken away."""
     features, stack = tuple(i - 1 for i in view.features), tuple(i - 1 for i in view.stack[1:])
-    return View(view.weight, view.comp, features, stack, view.path)
+    return replace(view, features=features, stack=stack)
 
 
 _RULES: dict[str, Callable[[Any, Sequence[Any]], list[Any]]] = {

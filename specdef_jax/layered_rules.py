@@ -6,6 +6,7 @@ dot_general and convolution consume a View as two products in the order of the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,6 +107,9 @@ def _compensate(
 ) -> jax.Array:
     """Return sum_i h[..., i] comp[i, j], i and j over the named axes of h, the axes left in their places."""
     group = tuple(view.weight.shape[i] for i in view.features)
+    if view.tap is not None:
+        rows = jnp.moveaxis(h, (*stack, *features), (*range(len(stack)), *range(-len(features), 0)))
+        view.tap(view.path, rows.reshape(*rows.shape[: len(stack)], -1, math.prod(group)))
     comp = comp.reshape(*comp.shape[:-2], *group, *group)
     rows = range(len(stack), len(stack) + len(group))
     out = _dot(h, comp, ((features, rows), (stack, range(len(stack)))), dtype)

@@ -18,6 +18,7 @@ from jax import lax
 from specdef_jax.errors import LayeredUnsupported
 from specdef_jax.parametrization import Deformed
 
+Tap = Callable[[str, jax.Array], None]
 MERGE = "Evaluate sd.merge(deformed) for this computation"
 
 
@@ -32,6 +33,8 @@ class View:
       features: axes of the kernel that form the d features, in the order comp counts them (static).
       stack: for each leading axis of comp, the axis of the kernel it runs along (static).
       path: where the deformed leaf stands in the parameters (static).
+      tap: called with (path, h) for each h that comp multiplies, (*stack, samples, d); None in a network
+        that is only evaluated (static).
     """
 
     weight: jax.Array
@@ -39,14 +42,20 @@ class View:
     features: tuple[int, ...] = field(metadata={"static": True})
     stack: tuple[int, ...] = field(metadata={"static": True})
     path: str = field(metadata={"static": True})
+    tap: Tap | None = field(default=None, metadata={"static": True})
 
 
-def view_of(leaf: Deformed, path: str) -> View:
+def view_of(leaf: Deformed, path: str, tap: Tap | None = None) -> View:
     """Return the kernel that a Deformed leaf stands for, both factors in its dtype."""
     dtype = jnp.result_type(leaf.weight, leaf.comp)
     comp = leaf.comp if leaf.side == "output" else jnp.swapaxes(leaf.comp, -1, -2)
     return View(
-        leaf.weight.astype(dtype), comp.astype(dtype), leaf.axes.features(leaf.side), leaf.axes.stack, path
+        leaf.weight.astype(dtype),
+        comp.astype(dtype),
+        leaf.axes.features(leaf.side),
+        leaf.axes.stack,
+        path,
+        tap,
     )
 
 

@@ -18,7 +18,7 @@ from specdef_jax.errors import SpecError
 from specdef_jax.pair import Basis
 from specdef_jax.parametrization import KernelAxes, Side
 
-Directions = Literal["top", "bottom", "random"] | Array | np.ndarray
+Directions = Literal["top", "bottom", "random", "resistant"] | Array | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,8 @@ class SpecDef:
       basis: "symmetric" T(a) as in the paper, "rotated" (diagonal after an orthogonal change of
         basis), or "axis" (directions among the columns of the identity).
       side: which side the compensation stands on; "auto" takes the side with fewer features.
-      directions: "top" or "bottom" singular directions, "random", or an array (features, k).
+      directions: "top" or "bottom" singular directions, "random", "resistant" (least informative about an
+        attacker's residual, from a batch of activations; output side), or an array (features, k).
       tol: residual asked of the subspace; missing it is a status, not an error.
       budget: largest relative error of the layer in its storage dtype that is accepted
         (THEORY.md 1.2 rule of thumb); math.inf accepts any.
@@ -58,11 +59,15 @@ class SpecDef:
         _one_of("basis", self.basis, get_args(Basis))
         _one_of("side", self.side, ("auto", "output", "input"))
         if isinstance(self.directions, str):
-            _one_of("directions", self.directions, ("top", "bottom", "random"))
+            _one_of("directions", self.directions, ("top", "bottom", "random", "resistant"))
+            if self.directions == "resistant" and (self.side == "input" or self.basis == "axis"):
+                raise SpecError(
+                    "directions 'resistant' stand on the output side and are no columns of the identity."
+                )
         elif not isinstance(self.directions, jax.Array | np.ndarray):
             raise SpecError(
                 f"directions has type {type(self.directions).__name__}: "
-                "give 'top', 'bottom', 'random' or an array (features, k)."
+                "give 'top', 'bottom', 'random', 'resistant' or an array (features, k)."
             )
         elif self.basis == "axis":
             raise SpecError("basis 'axis' chooses columns of the identity; it takes no directions array.")

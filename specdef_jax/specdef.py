@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,11 +19,13 @@ from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from specdef_jax import select, subspace, trees
-from specdef_jax.errors import LeafError, SelectionError, SpecError, StructureError
+from specdef_jax.choice import check_dtype, choose_kernels
+from specdef_jax.errors import LeafError, SpecError, StructureError
 from specdef_jax.layout import AxesLike, axes_of
 from specdef_jax.pair import build_pair
 from specdef_jax.parametrization import Deformed, KernelAxes, Side, is_structured
-from specdef_jax.precision import FORMATS, check_budget
+from specdef_jax.precision import check_budget
+from specdef_jax.resistant import resistant_directions
 from specdef_jax.spec import Layer, Plan, SpecDef
 
 
@@ -34,6 +37,7 @@ def plan(
     key: PRNGKeyArray,
     axes: AxesLike | Mapping[str, AxesLike] | None = None,
     stacked: bool = False,
+    activations: Mapping[str, Array] | None = None,
 ) -> Plan:
     """Choose the layers and their directions.
 
@@ -45,6 +49,8 @@ def plan(
       axes: (input axes, output axes) of the selected kernels, or a mapping from glob to that; axes
         not named are stacked layers. Needed for DenseGeneral kernels.
       stacked: the first axis of each selected kernel runs over layers (nn.scan).
+      activations: path -> outputs of that kernel before the bias, (*stack, samples, features), for
+        directions "resistant"; sd.activations takes them from a batch.
 
     Returns:
       A Plan: path -> Layer.
@@ -58,13 +64,13 @@ def plan(
     select_key, subspace_key = jax.random.split(key)
     selector = select.as_selector(where)
     leaves = dict(trees.named_leaves(params, is_leaf=is_structured))
-    chosen = _chosen(leaves, selector, select_key)
+    chosen = choose_kernels(leaves, selector, select_key)
     layers = {}
     for index, name in enumerate(chosen):
         kernel = leaves[name]
         kernel_axes = axes_of(name, kernel.shape, axes, stacked)
         leaf_key = jax.random.fold_in(subspace_key, index)
-        layers[name] = _plan_leaf(name, kernel, kernel_axes, spec, leaf_key)
+        layers[name] = _plan_leaf(name, kernel, kernel_axes, spec, leaf_key, activations)
     return Plan(layers)
 
 
@@ -105,6 +111,7 @@ def deform(
     key: PRNGKeyArray,
     axes: AxesLike | Mapping[str, AxesLike] | None = None,
     stacked: bool = False,
+    activations: Mapping[str, Array] | None = None,
 ) -> PyTree:
     """Plan and apply: return the deformed tree, which computes the same function.
 
@@ -114,51 +121,26 @@ def deform(
       >>> params = {"w": jnp.eye(3)}
       >>> deformed = deform(params, SpecDef(alpha=4.0), where="w", key=jax.random.key(0))
     """
-    return apply_plan(params, plan(params, spec, where=where, key=key, axes=axes, stacked=stacked))
+    made = plan(params, spec, where=where, key=key, axes=axes, stacked=stacked, activations=activations)
+    return apply_plan(params, made)
 
 
-def _chosen(leaves: dict[str, Any], selector: select.Selector, key: PRNGKeyArray) -> list[str]:
-    """Resolve the selector to names of matrices; say why when there is none."""
-    candidates = [_candidate(name, leaf) for name, leaf in leaves.items()]
-    chosen = selector.choose(candidates, key)
-    if not chosen:
-        names = ", ".join(repr(c.name) for c in candidates if c.is_matrix) or "none"
-        raise SelectionError(f"{selector.description} matched nothing. Matrices in this tree: {names}.")
-    for candidate in chosen:
-        if is_structured(leaves[candidate.name]):
-            raise LeafError(f"'{candidate.name}' is deformed already; merge it first (sd.merge).")
-        if len(candidate.shape) >= 2:
-            _check_dtype(candidate.name, candidate.dtype)
-    matrices = [c.name for c in chosen if c.is_matrix]
-    if not matrices:
-        refused = ", ".join(f"'{c.name}' {c.shape}" for c in chosen[:5])
-        raise SelectionError(
-            f"{selector.description} matched only leaves that are no kernels (vectors, embeddings): "
-            f"{refused}. Select a leaf of rank two or more that multiplies its input."
-        )
-    return matrices
-
-
-def _check_dtype(name: str, dtype: Any) -> None:
-    if str(dtype) not in FORMATS:
-        raise LeafError(
-            f"'{name}' has dtype {dtype}: integer, quantized and complex tensors cannot be deformed; "
-            "dequantize it to float16, bfloat16, float32 or float64 first."
-        )
-
-
-def _candidate(name: str, leaf: Any) -> select.Candidate:
-    array = leaf.weight if isinstance(leaf, Deformed) else leaf
-    dtype = array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
-    return select.Candidate(name, tuple(np.shape(array)), dtype)
-
-
-def _plan_leaf(name: str, kernel: Any, axes: KernelAxes, spec: SpecDef, key: PRNGKeyArray) -> Layer:
+def _plan_leaf(
+    name: str,
+    kernel: Any,
+    axes: KernelAxes,
+    spec: SpecDef,
+    key: PRNGKeyArray,
+    activations: Mapping[str, Array] | None,
+) -> Layer:
     shape = tuple(kernel.shape)
     if not math.prod(shape):
         raise LeafError(f"'{name}' has shape {shape}, which holds no entries; select another leaf.")
     sides: tuple[Side, Side] = ("output", "input")
-    side = min(sides, key=lambda s: axes.dim(shape, s)) if spec.side == "auto" else spec.side
+    resistant = isinstance(spec.directions, str) and spec.directions == "resistant"
+    side = spec.side
+    if side == "auto":
+        side = "output" if resistant else min(sides, key=lambda s: axes.dim(shape, s))
     with jax.enable_x64(True):  # so that a float64 leaf stays float64
         matrix = axes.to_sided(jnp.asarray(kernel), side)
         norms, largest = _look(matrix)
@@ -169,6 +151,8 @@ def _plan_leaf(name: str, kernel: Any, axes: KernelAxes, spec: SpecDef, key: PRN
         )
     if not math.isfinite(float(largest)):
         raise LeafError(f"'{name}' holds NaN or Inf; repair the checkpoint before deforming it.")
+    if resistant:
+        spec = replace(spec, directions=_resistant(name, matrix, spec.k, activations))
     found = _subspace(name, matrix, side, spec, key)
     share = np.linalg.norm(np.asarray(found.singular_values, float), axis=-1) / np.maximum(
         np.asarray(norms), np.finfo(float).tiny
@@ -192,6 +176,22 @@ def _plan_leaf(name: str, kernel: Any, axes: KernelAxes, spec: SpecDef, key: PRN
         basis=spec.basis,
         axes=axes,
     )
+
+
+def _resistant(name: str, matrix: Array, k: int, activations: Mapping[str, Array] | None) -> Array:
+    """Return the least informative directions of one kernel, or of each of a stack (output side)."""
+    if activations is None or name not in activations:
+        raise SpecError(
+            f"'{name}': directions 'resistant' need a batch of its outputs; pass "
+            "activations=sd.activations(apply, params, *inputs, where=...)."
+        )
+    found, want = jnp.shape(activations[name]), (*matrix.shape[:-2], matrix.shape[-1])
+    if (*found[:-2], *found[-1:]) != want:
+        raise SpecError(
+            f"'{name}': its activations have shape {found}; give (*stack, samples, features) with "
+            f"(*stack, features) = {want}."
+        )
+    return resistant_directions(activations[name], k)
 
 
 def _subspace(name: str, matrix: Array, side: Side, spec: SpecDef, key: PRNGKeyArray) -> subspace.Subspace:
@@ -252,7 +252,7 @@ def _deform_leaf(name: str, kernel: Array, layer: Layer) -> Deformed:
     """Check that a kernel is the one planned for, and replace it by its pair."""
     axes, side = layer.axes, layer.side
     shape = tuple(np.shape(kernel))
-    _check_dtype(name, kernel.dtype)
+    check_dtype(name, kernel.dtype)
     d, stack = layer.U.shape[-2], layer.U.shape[:-2]
     if len(shape) != len(axes.stack + axes.window + axes.inputs + axes.outputs) or (
         axes.dim(shape, side) != d or tuple(shape[i] for i in axes.stack) != stack

@@ -20,6 +20,7 @@ from specdef_jax.errors import FileError
 from specdef_jax.files import atomic_write_text
 from specdef_jax.report import render
 from specdef_jax.tasks import digits
+from specdef_jax.tasks.networks import mlp
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def _task(config: Config, first_seed: int) -> Any:
         config.seeds,
         first_seed=config.seed + first_seed,
         examples=config.examples,
-        widths=config.widths,
+        network=mlp(config.widths),
         target=config.target,
     )
 

@@ -86,7 +86,7 @@ def _program(params: dict[str, Any]) -> ClosedJaxpr:
 
 
 def _on_the_edge(name: str, values: Sequence[Any], out: Sequence[Any]) -> int:
-    if not jnp.issubdtype(jnp.result_type(values[0]), jnp.floating):
+    if not values or not jnp.issubdtype(jnp.result_type(values[0]), jnp.floating):
         return 0
     if name in _TIES:
         first, *others = values

@@ -1,4 +1,4 @@
-"""Handwritten digits that ship with scikit-learn, an MLP, and an attack by relabelling.
+"""Handwritten digits that ship with scikit-learn, networks that read them, and an attack by relabelling.
 
 The capability to be withheld is a shifted labelling, y -> y + 1 mod 10: the pretrained network knows
 the digits, and fine-tuning teaches it to answer wrongly.
@@ -7,8 +7,8 @@ the digits, and fine-tuning teaches it to answer wrongly.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,10 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from specdef_jax.errors import MissingExtra
+from specdef_jax.tasks.networks import Network, Params, mlp
 from specdef_jax.tasks.task import Task
 
-if TYPE_CHECKING:
-    Params = dict[str, dict[str, Array]]
-else:
-    Params = dict
-
-WIDTHS = (64, 32, 32, 10)
+MLP = mlp()  # 64-32-32-10, tanh
 
 
 @jax.tree_util.register_dataclass
@@ -53,48 +49,35 @@ def load(test: int = 360) -> Digits:
     return Digits(x[:split], y[:split], x[split:], y[split:])
 
 
-def init(key: PRNGKeyArray, widths: tuple[int, ...] = WIDTHS) -> Params:
-    """Return {"layer_i": {"w": (in, out), "b": (out,)}} with LeCun-normal kernels and zero biases."""
-    keys = jax.random.split(key, len(widths) - 1)
-    return {
-        f"layer_{i}": {
-            "w": jax.random.normal(k, (n, m)) / jnp.sqrt(n),
-            "b": jnp.zeros(m),
-        }
-        for i, (k, n, m) in enumerate(zip(keys, widths[:-1], widths[1:], strict=True))
-    }
+@functools.cache  # one function object per network, so that jit compiles it once
+def loss_of(network: Network) -> Callable[..., Float[Array, ""]]:
+    """Return loss(params, x, y): the mean cross-entropy of a network, in nats."""
+
+    def loss(params: Params, x: Float[Array, "batch 64"], y: Int[Array, "batch"]) -> Float[Array, ""]:
+        return optax.softmax_cross_entropy_with_integer_labels(network.apply(params, x), y).mean()
+
+    return loss
 
 
-def apply(params: Params, x: Float[Array, "batch 64"]) -> Float[Array, "batch 10"]:
-    """Return logits of the tanh MLP."""
-    for i in range(len(params)):
-        layer = params[f"layer_{i}"]
-        x = x @ layer["w"] + layer["b"]
-        x = jnp.tanh(x) if i + 1 < len(params) else x
-    return x
-
-
-def loss(params: Params, x: Float[Array, "batch 64"], y: Int[Array, "batch"]) -> Float[Array, ""]:
-    """Return the mean cross-entropy in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(apply(params, x), y).mean()
-
-
-def accuracy(params: Params, x: Float[Array, "batch 64"], y: Int[Array, "batch"]) -> Float[Array, ""]:
+def accuracy(
+    params: Params, x: Float[Array, "batch 64"], y: Int[Array, "batch"], network: Network = MLP
+) -> Float[Array, ""]:
     """Return the share of correct answers."""
-    return jnp.mean(jnp.argmax(apply(params, x), axis=-1) == y)
+    return jnp.mean(jnp.argmax(network.apply(params, x), axis=-1) == y)
 
 
-@functools.partial(jax.jit, static_argnames=("widths", "steps"))
+@functools.partial(jax.jit, static_argnames=("network", "steps"))
 def pretrain(
     key: PRNGKeyArray,
     data: Digits,
-    widths: tuple[int, ...] = WIDTHS,
+    network: Network = MLP,
     steps: int = 300,
     step_size: float = 1e-2,
 ) -> Params:
     """Train from scratch on all training digits with full-batch Adam."""
     optimizer = optax.adam(step_size)
-    params = init(key, widths)
+    params = network.init(key)
+    loss = loss_of(network)
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:
         params, state = carry
@@ -115,39 +98,43 @@ def task(
     *,
     first_seed: int = 0,
     examples: int = 128,
-    widths: tuple[int, ...] = WIDTHS,
+    network: Network = MLP,
     target: float = 0.1,
 ) -> Task:
     """Return the embedded default: networks that know the digits, attacked by a shifted labelling.
+
+    The deformed layer is the second of the network's kernels, in a transformer the value projection.
 
     Args:
       seeds: number of pretrained networks.
       first_seed: seed of the first one.
       examples: how many relabelled digits the attacker has.
-      widths: layer widths from 64 inputs to 10 logits.
+      network: architecture, from 64 pixels to 10 logits; its biases are leaves "b".
       target: attacker's loss in nats.
     """
     data = load()
     x, y = data.x[:examples], shifted(data.y[:examples])
     keys = [jax.random.key(seed) for seed in range(first_seed, first_seed + seeds)]
+    last = network.kernels[-1].removesuffix("/w")
     return Task(
         name="digits",
         description=(
-            f"A tanh MLP {'-'.join(map(str, widths))} trained on {len(data.x)} of the handwritten digits "
-            f"that ship with scikit-learn; {seeds} pretraining seeds. The attacker fine-tunes on {examples} "
-            "digits relabelled y + 1 mod 10, full batch, float64, until the loss falls to "
-            f"{target:g} nats."
+            f"{network.name}, trained on {len(data.x)} of the handwritten digits that ship with scikit-learn; "
+            f"{seeds} pretraining seeds. The attacker fine-tunes on {examples} digits relabelled y + 1 mod 10, "
+            f"full batch, float64, until the loss falls to {target:g} nats."
         ),
-        networks=tuple(pretrain(key, data, widths) for key in keys),
-        apply=apply,
-        loss=loss,
+        networks=tuple(pretrain(key, data, network) for key in keys),
+        apply=network.apply,
+        loss=loss_of(network),
         args=(x, y),
         inputs=(data.x_test,),
-        where="layer_1/w",
-        control=f"layer_{len(widths) - 2}/b",
+        where=next((k for k in network.kernels if k.endswith("_v/w")), network.kernels[1]),
+        control=f"{last}/b",
         target=target,
         facts={
-            "test accuracy": functools.partial(accuracy, x=data.x_test, y=data.y_test),
-            "attacker's test accuracy": functools.partial(accuracy, x=data.x_test, y=shifted(data.y_test)),
+            "test accuracy": functools.partial(accuracy, x=data.x_test, y=data.y_test, network=network),
+            "attacker's test accuracy": functools.partial(
+                accuracy, x=data.x_test, y=shifted(data.y_test), network=network
+            ),
         },
     )

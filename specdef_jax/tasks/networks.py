@@ -64,7 +64,7 @@ def mlp(widths: tuple[int, ...] = (64, 32, 32, 10), activation: Activation = "ta
         shapes = zip(keys, widths[:-1], widths[1:], strict=True)
         return {f"layer_{i}": _dense(k, n, m) for i, (k, n, m) in enumerate(shapes)}
 
-    def apply(params: Params, x: Float[Array, "batch features"]) -> Float[Array, "batch classes"]:
+    def apply(params: Params, x: Float[Array, "*batch features"]) -> Float[Array, "*batch classes"]:
         for i in range(depth):
             x = _linear(params[f"layer_{i}"], x)
             x = sigma(x) if i + 1 < depth else x
@@ -150,7 +150,7 @@ def transformer(
     def init(key: PRNGKeyArray) -> Params:
         position_key, *keys = jax.random.split(key, len(layers) + 1)
         params = {name: _dense(k, n, m) for k, (name, (n, m)) in zip(keys, layers, strict=True)}
-        params["position"] = {"b": jax.random.normal(position_key, (tokens, dim)) / math.sqrt(dim)}
+        params["position_embed"] = {"b": jax.random.normal(position_key, (tokens, dim)) / math.sqrt(dim)}
         return params
 
     def attend(params: Params, block: str, h: Array) -> Array:
@@ -163,7 +163,7 @@ def transformer(
         return _linear(params[f"{block}_o"], mixed.reshape(h.shape))
 
     def apply(params: Params, x: Array) -> Float[Array, "batch classes"]:
-        h = _linear(params["patch"], x.reshape(-1, tokens, features)) + params["position"]["b"]
+        h = _linear(params["patch"], x.reshape(-1, tokens, features)) + params["position_embed"]["b"]
         for i in range(blocks):
             block = f"block_{i}"
             h = h + attend(params, block, _normalize(h))
