@@ -41,14 +41,14 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """
     path = Path(path)
     temporary = _sibling(path)
-    with _explained(path):
+    with explained(path):
         try:
             write(temporary)
-            _flush(temporary)
+            flush(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _flush(path.parent)
+        flush(path.parent)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -76,16 +76,16 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if os.path.lexists(path) and not overwrite:
         raise exists_already(path)
     holder = _sibling(path)
-    with _explained(path):
+    with explained(path):
         try:
             filled = holder / "new"
             holder.mkdir()
             filled.mkdir()
             yield filled
             for entry in (filled, *filled.rglob("*")):
-                _flush(entry)
+                flush(entry)
             _swap(filled, path, holder / "old")
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             shutil.rmtree(holder, ignore_errors=True)
 
@@ -126,7 +126,7 @@ def _write_new(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the disk for a file or a directory; where a system cannot flush directories, go on."""
     if path.is_dir() and os.name == "nt":
         return
@@ -138,7 +138,8 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a FileError that says what to do about `path`."""
     try:
         yield
     except FileError:

@@ -102,34 +102,40 @@ def pair_error_bound(
     h: Float[np.ndarray, "batch n"],
     first: Float[np.ndarray, "n p"],
     second: Float[np.ndarray, "p q"],
-    plain: Float[np.ndarray, "n q"],
+    plain: np.ndarray | tuple[np.ndarray, ...],
     form: Format,
 ) -> Float[np.ndarray, "batch q"]:
     """Bound |fl(fl(h A) B) - h W| componentwise, rigorously (THEORY.md 1.2).
 
-    The stored factors are taken as they are: what storage rounding did is the residual W - A B,
-    computed in float64 with its own rounding bound. All arrays float64, holding values of the
-    storage format.
+    The stored factors are taken as they are: what storage rounding did is the residual |h W - h A B|,
+    computed in float64 for these inputs, with its own rounding bound. All arrays float64, holding values of
+    the storage format.
 
     Args:
       h: inputs.
       first: A, the factor applied first, as stored.
       second: B, the factor applied second, as stored.
-      plain: W, the undeformed matrix.
+      plain: W, the undeformed matrix (n, q), or the two (n, p), (p, q) whose product it is.
       form: the number format of storage and products.
+
+    It holds for the exact h W, and for h W as NumPy multiplies these arrays in float64.
     """
     n, p = first.shape
     e1, e2 = form.product_error(n), form.product_error(p)
     magnitude = np.abs(h) @ np.abs(first) @ np.abs(second)
-    # n + p + 2: the residual, and the reference h W that the caller computed in float64.
-    wide = gamma(n + p + 2, unit_roundoff(jnp.dtype(jnp.float64)))
-    storage = np.abs(plain - first @ second) + wide * (np.abs(first) @ np.abs(second) + np.abs(plain))
+    factors = plain if isinstance(plain, tuple) else (plain,)
+    exact, size = h, np.abs(h)
+    for factor in factors:
+        exact, size = exact @ factor, size @ np.abs(factor)
+    wide = unit_roundoff(jnp.dtype(jnp.float64))
+    rounding = gamma(n + p, wide) * magnitude + gamma(n + p * (len(factors) - 1), wide) * size
+    storage = np.abs(exact - h @ first @ second) + rounding
     # First product: flushed values reach the result through B; second: its operands are |h A| and B.
     inner = _flushed(form, np.abs(h), np.abs(first))
     middle = (1 + e1) * (np.abs(h) @ np.abs(first)) + inner
     underflow = (1 + e2) * (inner @ np.abs(second)) + _flushed(form, middle, np.abs(second))
     # The bound itself is evaluated in float64: its relative error is far below this factor.
-    return (((1 + e1) * (1 + e2) - 1) * magnitude + np.abs(h) @ storage + underflow) * (1 + 1e-10)
+    return (((1 + e1) * (1 + e2) - 1) * magnitude + storage + underflow) * (1 + 1e-10)
 
 
 def _flushed(
@@ -166,13 +172,14 @@ def alpha_max(
     *,
     energy: float = 1.0,
     largest: float = 1.0,
+    features: int = 1,
 ) -> float:
     """Return the largest alpha for a dtype, a basis and a relative error budget (THEORY.md 1.4).
 
     In the symmetric basis rounding errors of the deformed directions leak into the others and grow
     with alpha. In the rotated and axis bases each coordinate carries its own relative error, so only
-    the range of the exponent limits alpha (and rotated factors lose entries below alpha times the
-    smallest normal number).
+    the range of the exponent limits alpha: no entry of the deformed weight can overflow up to it (rotated
+    factors lose entries below alpha times the smallest normal number).
 
     Args:
       dtype: storage dtype or format.
@@ -180,6 +187,7 @@ def alpha_max(
       budget: largest relative error for isotropic inputs, by the rule of thumb.
       energy: ||S_k||_F / ||S||_F of the layer, 1 at worst.
       largest: largest |entry| of the undeformed weight.
+      features: m, of the deformed side; directions that mix features can gather sqrt(m) entries in one.
 
     Raises:
       SpecError: no such format or basis.
@@ -188,7 +196,10 @@ def alpha_max(
         raise SpecError(f"basis {basis!r} is unknown; use one of {', '.join(get_args(Basis))}.")
     form = as_format(dtype)
     info = jnp.finfo(form.dtype)
-    in_range = min(float(info.max) / max(largest, float(info.tiny)), 1 / float(info.tiny))
+    room = float(info.max) / max(largest, float(info.tiny))
+    root = math.sqrt(features)
+    room = {"axis": room, "rotated": room / root, "symmetric": 1 + 2 * (room - 1) / (1 + root)}[basis]
+    in_range = min(room, 1 / float(info.tiny))
     if basis != "symmetric" or energy == 0 or math.isinf(budget):
         return in_range
     if budget < form.unit:
@@ -205,15 +216,16 @@ def check_budget(
     *,
     energy: float,
     largest: float,
+    features: int = 1,
 ) -> None:
     """Raise BudgetError when alpha is beyond what the storage dtype can carry."""
     # Below 1 the roles are swapped: comp grows, and what it amplifies is rounding, which has no direction.
     factor, energy = (alpha, energy) if alpha >= 1 else (1 / alpha, 1.0)
-    limit = alpha_max(dtype, basis, budget, energy=energy, largest=largest)
+    limit = alpha_max(dtype, basis, budget, energy=energy, largest=largest, features=features)
     if factor <= limit:
         return
     beyond = f"'{path}': alpha = {alpha:g} in {dtype} with basis '{basis}' is beyond alpha_max = {limit:.3g}"
-    if factor > alpha_max(dtype, basis, math.inf, largest=largest):
+    if factor > alpha_max(dtype, basis, math.inf, largest=largest, features=features):
         raise BudgetError(
             f"{beyond}: a factor would leave the range of {dtype}. Use a wider dtype or a smaller alpha."
         )

@@ -132,7 +132,7 @@ def preservation(
         formats = []
         for form in map(as_format, dtypes):
             layers = tuple(
-                _certify_layer(name, plain[name], pair, form, probes, jax.random.fold_in(key, i))
+                certify_layer(name, plain[name], pair, form, probes, jax.random.fold_in(key, i))
                 for i, (name, pair) in enumerate(pairs.items())
             )
             output = _evaluate(apply, deformed, inputs, form)
@@ -212,10 +212,19 @@ def _cast(tree: PyTree, form: Format) -> PyTree:
     return jax.tree.map(cast, tree)
 
 
-def _certify_layer(
+def certify_layer(
     path: str, plain: Array, pair: Deformed, form: Format, probes: int, key: PRNGKeyArray
 ) -> LayerPreservation:
-    """Push isotropic inputs through the two stored factors of each matrix of a stack; keep the worst."""
+    """Push isotropic inputs through the two stored factors of each matrix of a stack; return the worst.
+
+    Args:
+      path: where the layer stands.
+      plain: the undeformed kernel.
+      pair: the deformed one; its factors are rounded to the format.
+      form: number format of storage and products.
+      probes: number of inputs.
+      key: for the inputs.
+    """
     weight = pair.axes.to_matrix(jnp.asarray(pair.weight), pair.side)
     original = pair.axes.to_matrix(jnp.asarray(plain), pair.side).astype(jnp.float64)
     comp = jnp.asarray(pair.comp)
@@ -228,18 +237,35 @@ def _certify_layer(
     for i, (a, b, w, deformed) in enumerate(zip(*stacks, strict=True)):
         h = jax.random.normal(jax.random.fold_in(key, i), (probes, a.shape[0]), jnp.float32)
         growth = _ratio(float(jnp.linalg.norm(deformed.astype(jnp.float64))), float(jnp.linalg.norm(w)))
-        results.append(_certify_matrix(path, h, a, b, np.asarray(w), growth, form))
+        results.append(certify_matrix(path, h, a, b, np.asarray(w), growth, form))
     # A broken bound must show, whatever the other matrices of the stack do.
     return max(results, key=lambda r: (r.bound_ratio > 1, r.word is Word.ESTIMATED, r.bound_ratio, r.error))
 
 
-def _certify_matrix(
-    path: str, h: Array, first: Array, second: Array, plain: np.ndarray, growth: float, form: Format
+def certify_matrix(
+    path: str,
+    h: Array,
+    first: Array,
+    second: Array,
+    plain: np.ndarray | tuple[np.ndarray, np.ndarray],
+    growth: float,
+    form: Format,
 ) -> LayerPreservation:
+    """Compare h -> fl(fl(h first) second) with h -> h plain.
+
+    Args:
+      path: what to call it.
+      h: inputs (probes, n).
+      first: (n, p).
+      second: (p, q).
+      plain: (n, q) in float64, or two factors of it.
+      growth: ||deformed|| / ||plain||, for the rule of thumb.
+      form: number format of storage and products.
+    """
     stored = [x.astype(form.dtype) for x in (h, first, second)]
     output = np.asarray(_two_products(*stored, form=form), np.float64)
     wide_h, wide_first, wide_second = (np.asarray(x, np.float64) for x in stored)
-    exact = wide_h @ plain
+    exact = functools.reduce(np.matmul, plain if isinstance(plain, tuple) else (plain,), wide_h)
     overflow = not all(np.isfinite(x).all() for x in (output, wide_first, wide_second))
     if overflow:
         bound = np.full_like(exact, np.inf)

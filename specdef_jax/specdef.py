@@ -165,6 +165,7 @@ def _plan_leaf(
         spec.budget,
         energy=min(float(np.max(share)), 1.0),
         largest=float(largest),
+        features=axes.dim(shape, side),
     )
     return Layer(
         U=found.U,

@@ -258,6 +258,23 @@ def test_alpha_below_one_swaps_the_factors_so_direction_does_not_matter():
     check_budget("w", jnp.dtype(jnp.float32), "symmetric", 1e6, 1e-3, energy=1e-4, largest=1.0)
 
 
+@pytest.mark.parametrize("basis", ["symmetric", "rotated", "axis"])
+def test_no_weight_overflows_below_alpha_max(basis):
+    # Ones and a constant direction gather sqrt(64) entries in one: the limit must know.
+    kernel = jnp.ones((64, 64), jnp.float16)
+    U = "top" if basis == "axis" else jnp.full((64, 1), 0.125)
+    limit = alpha_max("float16", basis, math.inf, features=64)
+    assert limit <= alpha_max("float16", basis, math.inf)
+
+    def spec(alpha):
+        return sd.SpecDef(alpha=alpha, basis=basis, side="output", directions=U, budget=math.inf)
+
+    pair = sd.deform({"w": kernel}, spec(0.99 * limit), key=jax.random.key(0))["w"]
+    assert jnp.isfinite(pair.weight).all()
+    with pytest.raises(sd.BudgetError, match="would leave the range of float16"):
+        sd.deform({"w": kernel}, spec(1.01 * limit), key=jax.random.key(0))
+
+
 def test_an_unknown_basis_is_refused():
     with pytest.raises(sd.SpecError, match="'diagonal' is unknown; use one of symmetric, rotated, axis"):
         inspect.unwrap(alpha_max)("float32", "diagonal")

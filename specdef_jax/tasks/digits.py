@@ -119,9 +119,9 @@ def task(
     return Task(
         name="digits",
         description=(
-            f"{network.name}, trained on {len(data.x)} of the handwritten digits that ship with scikit-learn; "
-            f"{seeds} pretraining seeds. The attacker fine-tunes on {examples} digits relabelled y + 1 mod 10, "
-            f"full batch, float64, until the loss falls to {target:g} nats."
+            f"{network.name}, trained on {len(data.x)} of the handwritten digits that ship with "
+            f"scikit-learn; {seeds} pretraining seeds. The attacker fine-tunes on {examples} digits "
+            f"relabelled y + 1 mod 10, full batch, float64, until the loss falls to {target:g} nats."
         ),
         networks=tuple(pretrain(key, data, network) for key in keys),
         apply=network.apply,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import specdef_jax as sd
 from specdef_jax import trees
 from specdef_jax.errors import SpecError
 from specdef_jax.tasks import networks
@@ -38,6 +39,31 @@ def test_examples_do_not_see_each_other(name):
     network = MADE[name]
     params, x = network.init(KEY), jax.random.normal(KEY, (3, 64))
     np.testing.assert_allclose(network.apply(params, x)[1], network.apply(params, x[1:2])[0], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride"), [(8, 3, 1), (8, 3, 2), (5, 2, 2), (4, 2, 1), (7, 3, 2)]
+)
+def test_convolution_is_that_of_jax(size, window, stride):
+    x = jax.random.normal(KEY, (2, size, size, 3))
+    kernel = jax.random.normal(KEY, (window, window, 3, 4))
+    dims = ("NHWC", "HWIO", "NHWC")
+    want = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=dims)
+    np.testing.assert_allclose(networks._convolve(x, kernel, stride), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("name", list(MADE))
+def test_every_kernel_has_a_layered_form(name, side):
+    network = MADE[name]
+    params, x = network.init(KEY), jax.random.normal(KEY, (3, 64))
+    for kernel in network.kernels:
+        if name == "cnn" and kernel == "conv_0/w" and side == "input":
+            continue  # one input channel: nothing to choose among
+        deformed = sd.deform(params, sd.SpecDef(alpha=4.0, side=side), where=kernel, key=KEY)
+        np.testing.assert_allclose(
+            sd.layered(network.apply)(deformed, x), network.apply(params, x), atol=1e-11, err_msg=kernel
+        )
 
 
 def test_one_object_per_architecture():
