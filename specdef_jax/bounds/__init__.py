@@ -1,5 +1,30 @@
 """Bounds and identities of THEORY.md as pure functions, one file per family."""
 
+from specdef_jax.bounds.adam import (
+    adam_displacement,
+    adam_min_steps,
+    adam_reach,
+    displacement_limit,
+    displacement_supremum,
+    nadam_displacement,
+    weighted_displacement,
+)
+from specdef_jax.bounds.ceiling import (
+    ceiling_steps,
+    sign_min_steps,
+    sign_noise_floor,
+    slow_curvature,
+    stiff_scalar_steps,
+)
+from specdef_jax.bounds.chain import chain_exponent, chain_sides
+from specdef_jax.bounds.compensation import (
+    FastBlocks,
+    compensation_block,
+    compensation_block_shared,
+    fast_blocks,
+    sharpness_remainder,
+    sharpness_upper,
+)
 from specdef_jax.bounds.congruence import (
     condition,
     congruent_product,
@@ -8,7 +33,9 @@ from specdef_jax.bounds.congruence import (
     phi_inverse,
     preconditioned,
 )
-from specdef_jax.bounds.fast_subspace import fast_subspace, fast_subspace_loss
+from specdef_jax.bounds.fast_subspace import fast_limit_error, fast_subspace, fast_subspace_loss
+from specdef_jax.bounds.information import floor_interval, least_information, linear_information
+from specdef_jax.bounds.interlacing import compression_intervals, matrix_intervals, off_diagonal_bound
 from specdef_jax.bounds.product import (
     product_allowance,
     product_bound,
@@ -17,19 +44,78 @@ from specdef_jax.bounds.product import (
     product_v2,
     product_v2k,
 )
+from specdef_jax.bounds.rates import (
+    BestHeavyBall,
+    best_heavy_ball,
+    best_rate,
+    best_step,
+    decay_factor,
+    heavy_ball_factor,
+    heavy_ball_rate,
+    quadratic_loss,
+    steps_to_reduce,
+)
+from specdef_jax.bounds.rounding_limits import (
+    entry_growth,
+    exact_alpha_range,
+    lost_update_threshold,
+    pair_defect,
+    paper_compensation,
+    update_is_lost,
+)
 from specdef_jax.bounds.sandwich import Sandwich, sandwich, sandwich_sides
 from specdef_jax.bounds.stability import Method, max_stable_step, max_stable_step_deformed
+from specdef_jax.bounds.two_steps import (
+    frozen_velocity,
+    slow_dimension,
+    two_step_metric,
+    two_step_sides,
+    two_step_velocity,
+)
 
 __all__ = [
+    "BestHeavyBall",
+    "FastBlocks",
     "Method",
     "Sandwich",
+    "adam_displacement",
+    "adam_min_steps",
+    "adam_reach",
+    "best_heavy_ball",
+    "best_rate",
+    "best_step",
+    "ceiling_steps",
+    "chain_exponent",
+    "chain_sides",
+    "compensation_block",
+    "compensation_block_shared",
+    "compression_intervals",
     "condition",
     "congruent_product",
+    "decay_factor",
+    "displacement_limit",
+    "displacement_supremum",
+    "entry_growth",
+    "exact_alpha_range",
+    "fast_blocks",
+    "fast_limit_error",
     "fast_subspace",
     "fast_subspace_loss",
+    "floor_interval",
+    "frozen_velocity",
+    "heavy_ball_factor",
+    "heavy_ball_rate",
+    "least_information",
+    "linear_information",
+    "lost_update_threshold",
+    "matrix_intervals",
     "max_stable_step",
     "max_stable_step_deformed",
+    "nadam_displacement",
+    "off_diagonal_bound",
     "ostrowski",
+    "pair_defect",
+    "paper_compensation",
     "phi",
     "phi_inverse",
     "preconditioned",
@@ -39,6 +125,20 @@ __all__ = [
     "product_v1",
     "product_v2",
     "product_v2k",
+    "quadratic_loss",
     "sandwich",
     "sandwich_sides",
+    "sharpness_remainder",
+    "sharpness_upper",
+    "sign_min_steps",
+    "sign_noise_floor",
+    "slow_curvature",
+    "slow_dimension",
+    "steps_to_reduce",
+    "stiff_scalar_steps",
+    "two_step_metric",
+    "two_step_sides",
+    "two_step_velocity",
+    "update_is_lost",
+    "weighted_displacement",
 ]

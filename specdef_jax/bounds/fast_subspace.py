@@ -79,6 +79,32 @@ def fast_subspace_loss(
     return _minimize(task.loss, task.params, args, steps, tol)
 
 
+def fast_limit_error(
+    alpha: Float[Array, "..."] | float,
+    step: Float[Array, "..."] | float,
+    steps: Float[Array, "..."] | int,
+    lipschitz: Float[Array, "..."] | float,
+    gradient: Float[Array, "..."] | float,
+) -> Float[Array, "..."]:
+    """Return a bound on the distance between the deformed trajectory and the fast one after T steps.
+
+    In the coordinates of alpha = 1 gradient descent at step c / alpha^2 is the fast iteration plus a drift
+    of at most c gradient / alpha^2 a step, which the fast iteration may amplify by 1 + c lipschitz:
+    the distance is at most gradient ((1 + c lipschitz)^T - 1) / (alpha^2 lipschitz).
+
+    Args:
+      alpha: >= 1.
+      step: c.
+      steps: T.
+      lipschitz: largest singular value of the fast rows of the Hessian (all columns) where both run.
+      gradient: largest norm of the slow part of the gradient on the deformed trajectory.
+
+    Source: THEORY.md 3.3.
+    """
+    growth = jnp.expm1(steps * jnp.log1p(step * jnp.asarray(lipschitz)))
+    return gradient * growth / (jnp.square(alpha) * lipschitz)
+
+
 @jax.jit
 def _minimize(loss: Partial, start: PyTree, args: tuple[Any, ...], steps: int, tol: float) -> Array:
     optimizer = optax.lbfgs()

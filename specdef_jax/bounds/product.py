@@ -18,7 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from specdef_jax.parametrization import full_precision_matmul as matmul
 
-Matrix = Float[Array, "rows columns"]
+Left = Float[Array, "p m"]
+Weight = Float[Array, "m n"]
+Right = Float[Array, "n q"]
 ROUNDING = 8.0  # see product_allowance
 
 
@@ -44,7 +46,7 @@ class Overlaps(NamedTuple):
     sin_2: Float[Array, " l"]
 
 
-def product_reported(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
+def product_reported(A: Left, B: Weight, C: Right) -> Float[Array, ""]:
     """Return sup sigma_r1(A) sigma_1(B) sigma_r2(C) cos(th1) cos(th2): FALSE as a bound.
 
     th1 and th2 are read as the angles between B's top singular vectors and the two subspaces. Refuted by
@@ -54,7 +56,7 @@ def product_reported(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
     return o.b[0] * jnp.max(o.a * _cosine(o.left)) * jnp.max(o.c * _cosine(o.right))
 
 
-def product_v1(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
+def product_v1(A: Left, B: Weight, C: Right) -> Float[Array, ""]:
     """Return V1 = sup sigma_r1(A) sigma_1(B) sigma_r2(C) smin(P^T U_B) smin(V_B^T Q), over r1, r2 >= rank B.
 
     U_B and V_B are the singular vectors of B's nonzero singular values. Zero where A or C has fewer
@@ -66,7 +68,7 @@ def product_v1(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
     return o.b[0] * jnp.max(o.a * low_1) * jnp.max(o.c * low_2)
 
 
-def product_v2(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
+def product_v2(A: Left, B: Weight, C: Right) -> Float[Array, ""]:
     """Return V2 = sup sigma_r1(A) sigma_r2(C) [sigma_1(B) c1 c2 - sigma_2(B) s1 s2]_+.
 
     c1, s1 are cosine and sine of the angle between B's top left singular vector and P; c2, s2 those
@@ -78,7 +80,7 @@ def product_v2(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
     return jnp.max(jnp.outer(o.a, o.c) * jnp.maximum(inside, 0))
 
 
-def product_v2k(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
+def product_v2k(A: Left, B: Weight, C: Right) -> Float[Array, ""]:
     """Return V2k = sup sigma_r1(A) sigma_r2(C) [sigma_1(B) smin(P^T U_k) smin(V_k^T Q) - sigma_{k+1}(B)]_+.
 
     The supremum runs over k <= r1, r2; sigma_{k+1} = 0 for k = min(m, n).
@@ -90,7 +92,7 @@ def product_v2k(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
     return jnp.max(jnp.outer(o.a, o.c) * jnp.maximum(inside, 0))
 
 
-def product_bound(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
+def product_bound(A: Left, B: Weight, C: Right) -> Float[Array, ""]:
     """Return the best of the valid bounds V1, V2, V2k on sigma_1(A B C) from below.
 
     Zero means that it says nothing. In exact arithmetic it never exceeds sigma_1(A B C); computed, by no
@@ -111,7 +113,7 @@ def product_bound(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
     return jnp.maximum(product_v1(A, B, C), jnp.maximum(product_v2(A, B, C), product_v2k(A, B, C)))
 
 
-def product_allowance(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
+def product_allowance(A: Left, B: Weight, C: Right) -> Float[Array, ""]:
     """Return how far rounding may lift a computed bound above sigma_1(A B C), or lower the latter.
 
     A computed singular value decomposition is the exact one of a matrix within p(d) eps of its own (backward
@@ -124,7 +126,7 @@ def product_allowance(A: Matrix, B: Matrix, C: Matrix) -> Float[Array, ""]:
     return ROUNDING * d * jnp.finfo(B.dtype).eps * norms[0] * norms[1] * norms[2]
 
 
-def _overlaps(A: Matrix, B: Matrix, C: Matrix) -> Overlaps:
+def _overlaps(A: Left, B: Weight, C: Right) -> Overlaps:
     _, a, Pt = jnp.linalg.svd(A, full_matrices=False)
     U, b, Vt = jnp.linalg.svd(B, full_matrices=False)
     Q, c, _ = jnp.linalg.svd(C, full_matrices=False)
