@@ -71,16 +71,13 @@ def _run(chosen: Sequence[Statement], seed: int, size: Any, jobs: int) -> Iterat
 def _settle_on_cpu() -> None:
     """Choose, before jax is loaded here and in the workers, what suits float64 and small dense matrices.
 
-    One thread per process, as there is a process for each core; XLA's cheap passes, as most of the time goes
-    into compilation. And no concurrent operations: batched decompositions that run at the same time on a
-    small thread pool can wait for one another for ever (seen with jaxlib 0.10.2 on two cores).
+    One thread per process, as there is a process for each core (NPROC sizes XLA's own pool: with two threads
+    jaxlib 0.10.2 has been seen to wait for ever after batched decompositions, with one it has not), and XLA's
+    cheap passes, as most of the time goes into compilation.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    flags = (
-        "--xla_cpu_multi_thread_eigen=false",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    )
+    os.environ.setdefault("NPROC", "1")
+    flags = ("--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=0")
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 
