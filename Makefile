@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# Tests run in one process per core, so each keeps to one thread. Compiled programs are kept between runs.
+# Tests run in one process per core, so each keeps to one thread; NPROC sizes XLA's own pool, where two
+# threads have been seen to wait for one another for ever (jaxlib 0.10.2). Compiled programs are kept between runs.
 WORKERS ?= auto
-TEST_ENV := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg \
+TEST_ENV := JAX_PLATFORMS=cpu NPROC=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg \
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $$XLA_FLAGS" \
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8

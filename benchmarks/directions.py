@@ -1,10 +1,10 @@
 """At equal sharpness, which directions resist longer, and does a rescaled scalar do as well? (THEORY.md 3.3)
 
 Three small networks on the handwritten digits (MLP, CNN, transformer), attacked by a shifted labelling, full
-batch, float64. Each arm is matched to the sharpness, at the start, of the top singular direction at alpha 16,
-then raced at that alpha and at a quarter of it. Recorded: steps of SGD and Adam to the target at the best of a
-grid of step sizes, the floor of the fast set, and, for the best SGD run, its flow time (steps times step
-size) and the largest curvature it met: sharpness at one point turns out to be a poor yardstick.
+batch, float64. Each arm is matched to the sharpness, at the start, of the top singular direction at alpha
+16, then raced at that alpha and at a quarter of it. Recorded: steps of SGD and Adam to the target at the
+best of a grid of step sizes, the floor of the fast set, and, for the best SGD run, its flow time (steps
+times step size) and the largest curvature it met: sharpness at one point turns out to be a poor yardstick.
 
     python -m benchmarks.directions [--quick]
 """
@@ -34,7 +34,7 @@ from specdef_jax.tasks.task import Task
 KEY = jax.random.key(0)
 NETWORKS = {
     "mlp": digits.MLP,
-    "cnn": networks.cnn(channels=(8, 16)),
+    "cnn": networks.cnn(channels=(4, 8)),
     "transformer": networks.transformer(dim=16, heads=2, hidden=32),
 }
 DEFORMED = ("top", "random", "bottom", "resistant", "informed")
@@ -154,7 +154,7 @@ def _plans(task: Task, directions: str, config: dict[str, Any]) -> list[sd.Plan]
 
 
 def _informed(task: Task, params: PyTree, acts: Array, batch: Array, tasks: int) -> Array:
-    """Return the direction least informative about random relabellings: the defender guesses the kind of attack.
+    """Return the direction least informative about random relabellings: the kind of attack is guessed.
 
     The residual in the layer's outputs is the gradient with respect to a shift of them, one per position.
     """
