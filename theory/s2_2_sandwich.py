@@ -137,7 +137,7 @@ def on_network(
         K = _hessian(task.loss, task.params, *args)
         H_1, H_a, F = _dense(loss, params, plan, *args)
         lower, factor = _norm(K), float(bounds.condition(plan))
-        upper = float(bounds.sandwich_sides(factor, lower, _norm(H_1))[1])
+        upper = bounds.sandwich_sides(factor, lower, _norm(H_1))[1]
         found = [
             equality("F^T H_a F is the Hessian of L(W + a B U^T W) in B", name, (F.T @ H_a @ F)[None],
                      K[None], note=f"{F.shape[1]} of {len(H_a)} directions"),
@@ -180,8 +180,8 @@ def _dense(loss: Any, params: PyTree, plan: Plan, *args: Any) -> tuple[np.ndarra
     return H_1, H_a, np.asarray(fast_directions(inserted, plan))
 
 
-def _norm(matrix: np.ndarray) -> float:
-    return float(np.linalg.norm(matrix, 2))
+def _norm(matrix: np.ndarray) -> Array:
+    return jnp.linalg.norm(jnp.asarray(matrix), 2)
 
 
 def _formula(layer: OpenLayer, plan: Plan, name: str) -> Certificate:
@@ -205,11 +205,12 @@ def _growth(
     blocks = jax.jit(bounds.fast_blocks)(H_1, F)
     fast, constant = float(blocks.fast), float(bounds.sharpness_remainder(blocks))
     sharpness, allowance = _curve(loss, params, plan, ALPHAS, *args)
-    remainder = sharpness - np.asarray(bounds.sandwich_sides(ALPHAS, blocks.fast, blocks.fast)[0])
+    lower, _ = bounds.sandwich_sides(jnp.asarray(ALPHAS), blocks.fast, blocks.fast)
+    remainder = sharpness - np.asarray(lower)
     # From where the remainder is at most a twentieth, so that the bend of the curve is known in advance.
     far = np.sqrt(20 * constant / fast) * np.logspace(0, 3, 6)
     grown = exponent(far, _curve(loss, params, plan, far, *args)[0])
-    Lambda = np.asarray(bounds.sharpness_upper(ALPHAS, blocks))
+    Lambda = np.asarray(bounds.sharpness_upper(jnp.asarray(ALPHAS), blocks))
     told = f"||K_U|| = {fast:.3g}; the remainder is at most {remainder.max():.3g}"
     return [
         inequality("sigma_1(H_a) <= Lambda(a), a = 2 ... 1e4", name, sharpness, Lambda, allowance=allowance,
@@ -298,7 +299,7 @@ def _linear(loss: Any, params: PyTree, plan: Plan, power: float, name: str, *arg
     far = 1e3 * np.logspace(0, 1, 4)
     sharpness, allowance = _curve(loss, params, plan, far, *args)
     allowance += far**2 * float(rounding(H_1))  # what rounding leaves of K_U grows too
-    upper = np.asarray(bounds.sharpness_upper(far, zero))
+    upper = np.asarray(bounds.sharpness_upper(jnp.asarray(far), zero))
     found = exponent(far, sharpness)
     return [
         equality("K_U = 0", name, blocks.fast, 0.0, scale=_norm(H_1)),

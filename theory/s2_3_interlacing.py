@@ -133,7 +133,7 @@ def _columns_of_leaves(params: PyTree) -> list[np.ndarray]:
 
 def _blocks(H: np.ndarray, Q: np.ndarray, P: np.ndarray) -> tuple[Array, ...]:
     """Return by how much each claim of the statement is exceeded."""
-    whole, block = np.linalg.eigvalsh(H), np.linalg.eigvalsh(Q.T @ H @ Q)
+    whole, block = jnp.linalg.eigvalsh(H), jnp.linalg.eigvalsh(Q.T @ H @ Q)
     return _excess(whole, block, np.linalg.norm(Q.T @ H @ P, 2))
 
 
@@ -215,8 +215,8 @@ def _tight(key: PRNGKeyArray) -> list[Certificate]:
     """Both sides attained by eigenvectors, and by two coupled coordinates."""
     values, Q = jnp.arange(1.0, 7.0), orthonormal(key, 6, 6)
     H = np.asarray((Q * values) @ Q.T)
-    whole = np.linalg.eigvalsh(H)
-    bottom, top = (np.linalg.eigvalsh(X.T @ H @ X) for X in (np.asarray(Q[:, :2]), np.asarray(Q[:, -2:])))
+    whole = jnp.linalg.eigvalsh(H)
+    bottom, top = (jnp.linalg.eigvalsh(X.T @ H @ X) for X in (np.asarray(Q[:, :2]), np.asarray(Q[:, -2:])))
     low, high = bounds.compression_intervals(whole, 2)
     below, over = bounds.matrix_intervals(top, 6)[0], bounds.matrix_intervals(bottom, 6)[1]
     least, largest = (f"Q of the eigenvectors of the two {which}" for which in ("smallest", "largest"))
@@ -240,14 +240,14 @@ def _negative(key: PRNGKeyArray) -> list[Certificate]:
     sides = over_draws(functools.partial(_draw, FAMILIES["gaussian"], 6, 2), key, 1_000)
     H, Q = np.diag([1.0, 2.0, 3.0]), np.eye(3)[:, :2]
     pair = np.array([[4.0, 1.0], [1.0, 4.0]])
-    doubled = _excess(np.linalg.eigvalsh(H), np.linalg.eigvalsh(4 * Q.T @ H @ Q), 0.0)
+    doubled = _excess(jnp.linalg.eigvalsh(H), jnp.linalg.eigvalsh(4 * Q.T @ H @ Q), 0.0)
     return [
         refuted("lambda_i(Q^T H Q) <= lambda_{i+n-p-1}(H) is false", "Gaussian 6 x 6, p = 2",
                 sides["shifted"], 0.0, allowance=sides["allowance"]),
         refuted(f"{SEPARATION} is false if Q is not orthonormal", "diag(1, 2, 3), Q twice two columns of I",
                 doubled[0], 0.0, word=Word.CHECKED),
         refuted(f"{OFF_DIAGONAL} is false if Q and P share a column", "[[4, 1], [1, 4]], Q = P = I",
-                np.linalg.norm(pair, 2), bounds.off_diagonal_bound(np.linalg.eigvalsh(pair))),
+                np.linalg.norm(pair, 2), bounds.off_diagonal_bound(jnp.linalg.eigvalsh(pair))),
     ]  # fmt: skip
 
 
@@ -261,8 +261,8 @@ def _consequence(instance: Instance, key: PRNGKeyArray) -> list[Certificate]:
     H_a = np.asarray(curvature_of(instance.loss, deformed, *instance.args).hessian)
     task = bounds.fast_subspace(instance.loss, instance.params, plan.with_alpha(1.0), *instance.args)
     K = np.asarray(curvature_of(task.loss, task.params, *instance.args).hessian)
-    low, _ = bounds.matrix_intervals(alpha**2 * np.linalg.eigvalsh(K), len(H_a))
-    whole = np.linalg.eigvalsh((H_a + H_a.T) / 2)
+    low, _ = bounds.matrix_intervals(alpha**2 * jnp.linalg.eigvalsh(K), len(H_a))
+    whole = jnp.linalg.eigvalsh((H_a + H_a.T) / 2)
     return [
         inequality("lambda_{n-p+i}(H_a) >= a^2 lambda_i(K_U)", f"{instance.name}, a = {alpha:g}, k = 2",
                    low[-len(K):], whole[-len(K):], allowance=2 * float(rounding(H_a)),

@@ -147,7 +147,10 @@ def on_network(
         coordinates = (points - star) @ vectors
         predicted = bounds.decay_factor(eta, values, counts[:, None]) * coordinates[0]
         lowest = float(loss(unravel(jnp.asarray(star)), *args))
-        above = [bounds.quadratic_loss(eta, values, coordinates[0], t) for t in counts]
+        after = functools.partial(
+            bounds.quadratic_loss, eta, jnp.asarray(values), jnp.asarray(coordinates[0])
+        )
+        above = [after(int(t)) for t in counts]
         return [
             equality(COORDINATES, f"{name}, T = 0, 1, 7, {STEPS}", coordinates, predicted, count=1),
             equality("L(x_T) - L* = sum_i lambda_i c_i^2 (1 - eta lambda_i)^(2T) / 2", name,

@@ -398,7 +398,7 @@ def _outside() -> list[Certificate]:
     """b1^2 >= b2: refused, and rightly, as the displacement grows without limit."""
     b1, b2, steps = 0.99, 0.9, 300
     u = float(_updates((b2 / b1) ** jnp.arange(1.0, steps + 1), b1, b2)[-1])
-    finite = bounds.weighted_displacement(_weights(False, b1, steps), b2)
+    finite = bounds.weighted_displacement(jnp.asarray(_weights(False, b1, steps)), b2)
     instance = f"b = ({b1}, {b2}), g_i = (b2/b1)^i, t = {steps}"
     return [
         *(refuses("a limit for b1^2 >= b2 is refused", f"b = {pair}", limited(*pair), "b1^2 < b2")

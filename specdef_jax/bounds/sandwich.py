@@ -41,8 +41,8 @@ class Sandwich:
 
 
 def sandwich_sides(
-    alpha: Float[Array, ""] | float, k_norm: Float[Array, ""], sigma_1: Float[Array, ""]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    alpha: Float[Array, "..."] | float, k_norm: Float[Array, ""], sigma_1: Float[Array, ""]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Return (alpha^2 ||K_U||, alpha^2 sigma_1(H_1)) for one layer and alpha >= 1."""
     return jnp.square(alpha) * k_norm, jnp.square(alpha) * sigma_1
 
