@@ -17,7 +17,7 @@ FAST_ENV := XLA_FLAGS="--xla_cpu_multi_thread_eigen=false --xla_backend_optimiza
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help certify test test-all test-lower lint format bench notebooks clean
+.PHONY: help certify theory test test-all test-lower lint format bench notebooks clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-all: $(VENV)/.installed-test ## Run every test
 
 test-lower: ## Run the fast tests on the oldest supported versions, in .venv-lower
 	@$(MAKE) --no-print-directory VENV=.venv-lower CONSTRAINTS=tests/lower-bounds.txt test
+
+theory: $(VENV)/.installed-test ## Check the theory by machine; ARGS="--full", ARGS="--only 2.4"
+	@$(BIN)/python -m theory $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, layout, types and who imports whom
 	@$(BIN)/ruff check .

@@ -144,7 +144,7 @@ def equality(
         _verdict(bool(np.all(error <= allowance))),
         lhs=float(found.reshape(rows, -1)[worst].flat[0]),
         rhs=float(expected.reshape(rows, -1)[worst].flat[0]),
-        slack=float(error[worst]), allowance=allowance, scale=float(size[worst]),
+        slack=float(error[worst]), allowance=float(allowance), scale=float(size[worst]),
         count=rows if count is None else count, note=note,
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ def tight(
     return Certificate(
         claim, instance, "tight", word, _verdict(bool(np.all(holds))),
         lhs=float(lhs[worst]), rhs=float(rhs[worst]), slack=float((rhs - lhs)[worst] / scale),
-        allowance=float(allowance[worst] / scale), scale=float(scale), count=lhs.size, bar=factor, note=note,
+        allowance=float(allowance[worst] / scale), scale=float(scale), count=lhs.size, bar=float(factor), note=note,
     )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def fit(
     return Certificate(
         claim, instance, "fit", word, _verdict(bool(error <= tolerance)),
         lhs=float(found), rhs=float(predicted), slack=float(tolerance - error), allowance=0.0, count=count,
-        bar=tolerance, note=note,
+        bar=float(tolerance), note=note,
     )  # fmt: skip
 
 

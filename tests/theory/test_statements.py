@@ -1,5 +1,7 @@
 """Every statement at the small size: its certificates hold, and it refuses what it should."""
 
+import json
+
 import jax
 import pytest
 
@@ -16,6 +18,7 @@ def test_every_certificate_holds(module):
     assert [c for c in report.certificates if not c.holds] == []
     assert len(report.certificates) >= 3
     assert report.holds
+    json.dumps(catalogue.to_dict(report), allow_nan=False)
 
 
 def test_seeds_differ():
