@@ -38,47 +38,77 @@ def build_pair(
       basis: which basis.
       side: where the compensation stands; weight @ comp on the output side, comp @ weight on the input.
     """
+    frame = frame_of(U, basis)
+    scales = (U.shape[-1], alpha, basis, side)
+    return deformed_weight(matrix, frame, *scales), compensation(frame, *scales)
+
+
+def frame_of(U: Float[Array, "*stack d k"], basis: Basis) -> Float[Array, "*stack d f"]:
+    """Return in float64 what both factors are made of.
+
+    In the symmetric basis U, polished to float64; in the rotated one Q = [U, U_perp]; in the axis basis U,
+    columns of the identity.
+    """
     with jax.enable_x64(True):
-        U, alpha = U.astype(jnp.float64), alpha.astype(jnp.float64)
-        return _CONSTRUCTIONS[basis](matrix, U, alpha, side)
+        U = U.astype(jnp.float64)
+        if basis == "rotated":
+            return jnp.linalg.qr(U, mode="complete")[0]
+        return _orthonormalize(U) if basis == "symmetric" else U
 
 
-def _symmetric(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array, Array]:
-    """Return M T(a) or T(a) M, and T(1/a), with T(a) = I + (a - 1) U U^T."""
-    U = _orthonormalize(U)
+def deformed_weight(
+    matrix: Float[Array, "*stack rows columns"],
+    frame: Float[Array, "*stack d f"],
+    k: int,
+    alpha: Float[Array, ""],
+    basis: Basis,
+    side: Side,
+) -> Float[Array, "*stack rows columns"]:
+    """Return M T(a), or T(a) M on the input side, in float64; M may be a part of `rest`."""
+    with jax.enable_x64(True):
+        alpha = alpha.astype(jnp.float64)
+        if basis == "symmetric":
+            return _symmetric(matrix, frame, alpha, side)
+        scales = _scales(frame, k, alpha, basis)
+        along = scales[..., None, :] if side == "output" else scales[..., :, None]
+        if basis == "axis":
+            return matrix * along
+        matrix = matrix.astype(jnp.float64)
+        # Scaling after the product: a power of two then changes exponents only (THEORY.md 1.3).
+        turned = matmul(matrix, frame) if side == "output" else matmul(_transpose(frame), matrix)
+        return turned * along
+
+
+def compensation(
+    frame: Float[Array, "*stack d f"], k: int, alpha: Float[Array, ""], basis: Basis, side: Side
+) -> Float[Array, "*stack d d"]:
+    """Return T(1/a) in float64: of the rotated basis D^-1 Q^T on the output side, Q D^-1 on the input side."""
+    with jax.enable_x64(True):
+        alpha = alpha.astype(jnp.float64)
+        if basis == "symmetric":
+            return jnp.eye(frame.shape[-2]) + matmul((1 / alpha - 1) * frame, _transpose(frame))
+        scales = _scales(frame, k, alpha, basis)
+        if basis == "axis":
+            return jnp.eye(frame.shape[-2]) / scales[..., None, :]
+        if side == "output":
+            return _transpose(frame) / scales[..., :, None]
+        return frame / scales[..., None, :]
+
+
+def _symmetric(matrix: Array, U: Array, alpha: Array, side: Side) -> Array:
+    """Return M T(a) or T(a) M with T(a) = I + (a - 1) U U^T."""
     narrow = U.astype(jnp.promote_types(matrix.dtype, jnp.float32))
     if side == "output":
         along = (alpha - 1) * matmul(matrix, narrow).astype(jnp.float64)
-        added = matmul(along, _transpose(U))
-    else:
-        along = (alpha - 1) * matmul(_transpose(narrow), matrix).astype(jnp.float64)
-        added = matmul(U, along)
-    comp = jnp.eye(U.shape[-2]) + matmul((1 / alpha - 1) * U, _transpose(U))
-    return matrix + added, comp
+        return matrix + matmul(along, _transpose(U))
+    along = (alpha - 1) * matmul(_transpose(narrow), matrix).astype(jnp.float64)
+    return matrix + matmul(U, along)
 
 
-def _rotated(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array, Array]:
-    """Return M Q D and D^-1 Q^T, or D Q^T M and Q D^-1, with Q = [U, U_perp], D = diag(a x k, 1, ...)."""
-    Q = jnp.linalg.qr(U, mode="complete")[0]
-    scales = _scales(jnp.arange(U.shape[-2]) < U.shape[-1], alpha)
-    matrix = matrix.astype(jnp.float64)
-    # Scaling after the product: a power of two then changes exponents only (THEORY.md 1.3).
-    if side == "output":
-        return matmul(matrix, Q) * scales, _transpose(Q) / scales[:, None]
-    return scales[:, None] * matmul(_transpose(Q), matrix), Q / scales
-
-
-def _axis(matrix: Array, U: Array, alpha: Array, side: Side) -> tuple[Array, Array]:
-    """Return M D or D M, and D^-1, with D = T(a) diagonal: U holds columns of the identity."""
-    scales = _scales(jnp.sum(jnp.abs(U), axis=-1) > 0.5, alpha)
-    along = scales[..., None, :] if side == "output" else scales[..., :, None]
-    return matrix * along, jnp.eye(U.shape[-2]) / scales[..., None, :]
-
-
-_CONSTRUCTIONS = {"symmetric": _symmetric, "rotated": _rotated, "axis": _axis}
-
-
-def _scales(chosen: Array, alpha: Array) -> Array:
+def _scales(frame: Array, k: int, alpha: Array, basis: Basis) -> Array:
+    """Return the diagonal of D: a on k coordinates, 1 on the others."""
+    rotated = jnp.arange(frame.shape[-2]) < k
+    chosen = rotated if basis == "rotated" else jnp.sum(jnp.abs(frame), axis=-1) > 0.5
     return jnp.where(chosen, alpha, jnp.ones_like(alpha))
 
 

@@ -19,6 +19,10 @@ from specdef_jax.errors import BudgetError, SpecError
 from specdef_jax.pair import Basis
 
 
+Matrix = Array | np.ndarray
+_BLOCK = 1 << 23  # entries converted to float64 at a time
+
+
 @dataclass(frozen=True)
 class Format:
     """A number format for storage and products.
@@ -100,16 +104,16 @@ def gamma(n: int, u: float) -> float:
 
 def pair_error_bound(
     h: Float[np.ndarray, "batch n"],
-    first: Float[np.ndarray, "n p"],
-    second: Float[np.ndarray, "p q"],
-    plain: np.ndarray | tuple[np.ndarray, ...],
+    first: Float[Array | np.ndarray, "n p"],
+    second: Float[Array | np.ndarray, "p q"],
+    plain: Matrix | tuple[Matrix, ...],
     form: Format,
 ) -> Float[np.ndarray, "batch q"]:
     """Bound |fl(fl(h A) B) - h W| componentwise, rigorously (THEORY.md 1.2).
 
     The stored factors are taken as they are: what storage rounding did is the residual |h W - h A B|,
-    computed in float64 for these inputs, with its own rounding bound. All arrays float64, holding values of
-    the storage format.
+    computed in float64 for these inputs, with its own rounding bound. Inputs are float64, holding values of
+    the storage format; the factors may be of any dtype, of which no whole copy in float64 is made.
 
     Args:
       h: inputs.
@@ -122,24 +126,37 @@ def pair_error_bound(
     """
     n, p = first.shape
     e1, e2 = form.product_error(n), form.product_error(p)
-    magnitude = np.abs(h) @ np.abs(first) @ np.abs(second)
+    through = times(np.abs(h), first, absolute=True)
+    magnitude = times(through, second, absolute=True)
     factors = plain if isinstance(plain, tuple) else (plain,)
     exact, size = h, np.abs(h)
     for factor in factors:
-        exact, size = exact @ factor, size @ np.abs(factor)
+        exact, size = times(exact, factor), times(size, factor, absolute=True)
     wide = unit_roundoff(jnp.dtype(jnp.float64))
     rounding = gamma(n + p, wide) * magnitude + gamma(n + p * (len(factors) - 1), wide) * size
-    storage = np.abs(exact - h @ first @ second) + rounding
+    storage = np.abs(exact - times(times(h, first), second)) + rounding
     # First product: flushed values reach the result through B; second: its operands are |h A| and B.
-    inner = _flushed(form, np.abs(h), np.abs(first))
-    middle = (1 + e1) * (np.abs(h) @ np.abs(first)) + inner
-    underflow = (1 + e2) * (inner @ np.abs(second)) + _flushed(form, middle, np.abs(second))
+    inner = _flushed(form, np.abs(h), first)
+    middle = (1 + e1) * through + inner
+    underflow = (1 + e2) * times(inner, second, absolute=True) + _flushed(form, middle, second)
     # The bound itself is evaluated in float64: its relative error is far below this factor.
     return (((1 + e1) * (1 + e2) - 1) * magnitude + storage + underflow) * (1 + 1e-10)
 
 
+def times(
+    x: Float[np.ndarray, "*batch n"], matrix: Float[Array | np.ndarray, "n p"], *, absolute: bool = False
+) -> Float[np.ndarray, "*batch p"]:
+    """Return x M, or x |M|, in float64, converting M a few columns at a time."""
+    columns = max(1, _BLOCK // max(len(matrix), 1))
+    parts = [np.zeros((*x.shape[:-1], 0))]
+    for start in range(0, matrix.shape[1], columns):
+        block = np.asarray(matrix[:, start : start + columns], np.float64)
+        parts.append(x @ (np.abs(block) if absolute else block))
+    return np.concatenate(parts, axis=-1)
+
+
 def _flushed(
-    form: Format, left: Float[np.ndarray, "batch n"], right: Float[np.ndarray, "n p"]
+    form: Format, left: Float[np.ndarray, "batch n"], right: Float[Array | np.ndarray, "n p"]
 ) -> Float[np.ndarray, "batch p"]:
     """Bound what flushing subnormal numbers to zero costs a product of factors of these magnitudes.
 
@@ -147,7 +164,7 @@ def _flushed(
     and per operand, times what it is multiplied with.
     """
     stored, summed = (float(jnp.finfo(dtype).tiny) for dtype in (form.dtype, form.accumulator))
-    operands = left.sum(axis=1, keepdims=True) + right.sum(axis=0)
+    operands = left.sum(axis=1, keepdims=True) + times(np.ones(len(right)), right, absolute=True)
     return stored + summed * (2 * len(right) + operands)
 
 

@@ -21,7 +21,7 @@ from specdef_jax import trees
 from specdef_jax.errors import StructureError
 from specdef_jax.layered import layered
 from specdef_jax.parametrization import Deformed, is_structured, merge
-from specdef_jax.precision import Format, as_format, pair_error_bound, rule_of_thumb
+from specdef_jax.precision import Format, Matrix, as_format, pair_error_bound, rule_of_thumb, times
 from specdef_jax.rounding import round_products
 from specdef_jax.words import Word
 
@@ -247,7 +247,7 @@ def certify_matrix(
     h: Array,
     first: Array,
     second: Array,
-    plain: np.ndarray | tuple[np.ndarray, np.ndarray],
+    plain: Matrix | tuple[Matrix, Matrix],
     growth: float,
     form: Format,
 ) -> LayerPreservation:
@@ -258,19 +258,18 @@ def certify_matrix(
       h: inputs (probes, n).
       first: (n, p).
       second: (p, q).
-      plain: (n, q) in float64, or two factors of it.
+      plain: (n, q), or two factors of it.
       growth: ||deformed|| / ||plain||, for the rule of thumb.
       form: number format of storage and products.
     """
-    stored = [x.astype(form.dtype) for x in (h, first, second)]
-    output = np.asarray(_two_products(*stored, form=form), np.float64)
-    wide_h, wide_first, wide_second = (np.asarray(x, np.float64) for x in stored)
-    exact = functools.reduce(np.matmul, plain if isinstance(plain, tuple) else (plain,), wide_h)
-    overflow = not all(np.isfinite(x).all() for x in (output, wide_first, wide_second))
-    if overflow:
+    h, first, second = (jnp.asarray(x, form.dtype) for x in (h, first, second))
+    output = np.asarray(_two_products(h, first, second, form=form), np.float64)
+    wide = np.asarray(h, np.float64)
+    exact = functools.reduce(times, plain if isinstance(plain, tuple) else (plain,), wide)
+    if all(bool(jnp.isfinite(x).all()) for x in (output, first, second)):
+        bound = pair_error_bound(wide, first, second, plain, form)
+    else:  # overflow
         bound = np.full_like(exact, np.inf)
-    else:
-        bound = pair_error_bound(wide_h, wide_first, wide_second, plain, form)
     error = np.abs(output - exact)
     finite = bool(np.isfinite(bound).all())
     return LayerPreservation(
