@@ -106,3 +106,29 @@ def _check(first: Array, second: Array, bias: Array | None, groups: int) -> int:
     if bias is not None and bias.shape != (features,):
         raise StructureError(f"the bias has shape {bias.shape}, the first kernel {features} features.")
     return features // groups
+
+
+def balance(
+    first: Float[Array, "n d"], second: Float[Array, "d m"]
+) -> tuple[Float[Array, "n d"], Float[Array, "d m"]]:
+    """Return two maps of the same composition with equal Gram matrices on the features between them.
+
+    X^T X = Y Y^T, which no gauge deformation has and every one is undone to: among all X Y = first second
+    the balanced ones have the smallest ||X||^2 + ||Y||^2, the nuclear norm twice. They are one up to
+    orthogonal changes of the features, of which the one nearest to `first` is taken. float64.
+
+    Source: X = Q1 P S^(1/2), Y = S^(1/2) P'^T Q2^T from the decompositions of both maps and of R1 R2^T.
+    """
+    with jax.enable_x64(True):
+        first, second = first.astype(jnp.float64), second.astype(jnp.float64)
+        d = first.shape[1]
+        Q1, R1 = jnp.linalg.qr(first)
+        Q2, R2 = jnp.linalg.qr(second.T)
+        P, S, Pt = jnp.linalg.svd(matmul(R1, R2.T), full_matrices=False)
+        root = jnp.sqrt(S)
+        X = matmul(Q1, P * root)
+        Y = matmul(root[:, None] * Pt, Q2.T)
+        X, Y = jnp.pad(X, ((0, 0), (0, d - len(S)))), jnp.pad(Y, ((0, d - len(S)), (0, 0)))
+        left, _, right = jnp.linalg.svd(matmul(X.T, first))
+        turn = matmul(left, right)
+        return matmul(X, turn), matmul(turn.T, Y)

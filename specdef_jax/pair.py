@@ -82,7 +82,7 @@ def deformed_weight(
 def compensation(
     frame: Float[Array, "*stack d f"], k: int, alpha: Float[Array, ""], basis: Basis, side: Side
 ) -> Float[Array, "*stack d d"]:
-    """Return T(1/a) in float64: of the rotated basis D^-1 Q^T on the output side, Q D^-1 on the input side."""
+    """Return T(1/a) in float64; in the rotated basis D^-1 Q^T (output side) or Q D^-1 (input side)."""
     with jax.enable_x64(True):
         alpha = alpha.astype(jnp.float64)
         if basis == "symmetric":

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 from specdef_jax.errors import BudgetError, SpecError
 from specdef_jax.pair import Basis
 
-
 Matrix = Array | np.ndarray
 _BLOCK = 1 << 23  # entries converted to float64 at a time
 

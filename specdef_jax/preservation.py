@@ -245,8 +245,8 @@ def certify_layer(
 def certify_matrix(
     path: str,
     h: Array,
-    first: Array,
-    second: Array,
+    first: Matrix,
+    second: Matrix,
     plain: Matrix | tuple[Matrix, Matrix],
     growth: float,
     form: Format,

@@ -206,7 +206,8 @@ def tight(
     return Certificate(
         claim, instance, "tight", word, _verdict(bool(np.all(holds))),
         lhs=float(lhs[worst]), rhs=float(rhs[worst]), slack=float((rhs - lhs)[worst] / scale),
-        allowance=float(allowance[worst] / scale), scale=float(scale), count=lhs.size, bar=float(factor), note=note,
+        allowance=float(allowance[worst] / scale), scale=float(scale), count=lhs.size, bar=float(factor),
+        note=note,
     )  # fmt: skip
 
 

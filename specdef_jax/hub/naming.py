@@ -50,7 +50,7 @@ def axes_for(params: PyTree, layout: Layout = "auto") -> dict[str, KernelAxes]:
         if layout == "hf" or (layout == "auto" and called_weight):
             axes = _hf_axes(leaf)
             if axes is not None:
-                found[_literal(name)] = axes
+                found[literal(name)] = axes
     # sd.plan takes the first glob that matches, and "w" matches "a/w" too: the longest name goes first.
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
@@ -62,6 +62,6 @@ def _hf_axes(leaf: Any) -> KernelAxes | None:
     return KernelAxes(inputs=(1,), outputs=(0,), window=tuple(range(2, rank)))
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
     """Return a glob that matches a name which may hold the signs of a glob."""
     return "".join("?" if sign in "*?[" else sign for sign in name)

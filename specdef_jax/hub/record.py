@@ -86,7 +86,7 @@ def load_record(text: str, source: str) -> dict[str, dict[str, Any]]:
                 f"{source}: the specdef record has format {version!r}, this version reads {FORMAT}; "
                 "use the version of specdef_jax that wrote it."
             )
-        return {name: _entry(entry) for name, entry in record["tensors"].items()}
+        return {name: load_entry(entry) for name, entry in record["tensors"].items()}
     except FileError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SpecError) as error:
@@ -130,7 +130,8 @@ def warn_unrecorded(names: list[str], source: str) -> None:
         )
 
 
-def _entry(entry: Any) -> dict[str, Any]:
+def load_entry(entry: Any) -> dict[str, Any]:
+    """Read and check the record of one kernel; what is wrong is a ValueError, TypeError or the like."""
     if entry["side"] not in get_args(Side):
         raise ValueError(f"side {entry['side']!r}")
     axes = {name: tuple(entry["axes"][name]) for name in ("inputs", "outputs", "window", "stack")}

@@ -1,0 +1,162 @@
+"""specdef.json: what a deformed checkpoint says of itself, for readers and for `verify`.
+
+Nothing is computed from what it claims to hold: `verify` and `fuse` go by the tensors, and take from here
+only which of them belong together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from specdef_jax.errors import FileError
+from specdef_jax.files import unreadable
+from specdef_jax.hub.record import FORMAT, load_entry
+from specdef_jax.hub.rewrite import Written
+from specdef_jax.preservation import LayerPreservation
+from specdef_jax.words import Word
+
+MANIFEST = "specdef.json"
+Placement = Literal["insert", "gauge"]
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One deformed tensor, or one pair of them.
+
+    Attributes:
+      entry: insert: "side", "axes" (KernelAxes), "basis", "alpha", "k"; gauge: "second", "bias", "groups".
+      source_dtype: of the original tensor.
+      dtype: of what is stored.
+      sigma_before: leading singular values of the original (gauge: of each group, the largest).
+      sigma_after: those of the stored weight.
+      exact: the stored factors are the original, to the last bit.
+      measured: error of the stored factors in their dtype, measured and derived, after reloading.
+      status: how well the directions are known.
+    """
+
+    entry: dict[str, Any]
+    source_dtype: str
+    dtype: str
+    sigma_before: list[float]
+    sigma_after: list[float]
+    exact: bool
+    measured: LayerPreservation
+    status: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole checkpoint.
+
+    Attributes:
+      placement: insert or gauge.
+      spec: alpha, k, basis, directions, tol, budget and seed as asked for.
+      config: entries of config.json as they were before; None for one that was added.
+      layers: by name (gauge: of the value projection).
+      dequantized: name -> dtype, tensors that replace quantized ones.
+      files: every other file.
+      environment: versions that wrote it.
+    """
+
+    placement: Placement
+    spec: dict[str, Any]
+    config: dict[str, Any]
+    layers: dict[str, StoredLayer]
+    dequantized: dict[str, str]
+    files: dict[str, Written]
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return strict JSON; a number that is not finite is a string."""
+        found = asdict(self) | {"format": FORMAT}
+        return json.dumps(_plain(found), indent=1, allow_nan=False) + "\n"
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """Read and check specdef.json.
+
+    Raises:
+      FileError: there is none, or it is damaged, or of another format.
+    """
+    path = directory / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise FileError(
+                f"{path} has format {found['format']!r}, this version reads {FORMAT}; use the version of "
+                "specdef_jax that wrote it."
+            )
+        if found["placement"] not in get_args(Placement):
+            raise ValueError(f"placement {found['placement']!r}")
+        return Manifest(
+            placement=found["placement"],
+            spec=dict(found["spec"]),
+            config=dict(found["config"]),
+            layers={str(n): _layer(e, found["placement"]) for n, e in found["layers"].items()},
+            dequantized={str(n): str(np.dtype(_text(d))) for n, d in found["dequantized"].items()},
+            files={str(n): Written(_text(e["sha256"]), int(e["size"])) for n, e in found["files"].items()},
+            environment=dict(found["environment"]),
+        )
+    except FileError:
+        raise
+    except FileNotFoundError as error:
+        raise FileError(
+            f"{directory} has no {MANIFEST}, so it was not written by specdef deform; give its output."
+        ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise FileError(
+            f"{path} is damaged ({type(error).__name__}: {error}); deform the original again."
+        ) from error
+
+
+def _layer(found: Mapping[str, Any], placement: Placement) -> StoredLayer:
+    entry = found["entry"]
+    if placement == "insert":
+        entry = load_entry(entry)
+    else:
+        bias = entry["bias"]
+        entry = {
+            "second": _text(entry["second"]),
+            "bias": None if bias is None else _text(bias),
+            "groups": int(entry["groups"]),
+        } | {key: entry[key] for key in ("basis", "alpha", "k")}
+    told = dict(found["measured"])
+    word = Word(told.pop("word"))
+    measured = LayerPreservation(
+        path=_text(told.pop("path")), word=word, **{key: float(value) for key, value in told.items()}
+    )
+    return StoredLayer(
+        entry=entry,
+        source_dtype=str(np.dtype(_text(found["source_dtype"]))),
+        dtype=str(np.dtype(_text(found["dtype"]))),
+        sigma_before=[float(x) for x in found["sigma_before"]],
+        sigma_after=[float(x) for x in found["sigma_after"]],
+        exact=bool(found["exact"]),
+        measured=measured,
+        status=_text(found["status"]),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,223 @@
+"""Check a deformed checkpoint against its original: everything is computed again from the two directories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from specdef_jax.hub import gauging, insertion
+from specdef_jax.hub.attention import pair_at
+from specdef_jax.hub.copying import parts_of, sha256_of
+from specdef_jax.hub.fusing import check_pair, restored_config
+from specdef_jax.hub.manifest import MANIFEST, Manifest, StoredLayer, load_manifest
+from specdef_jax.hub.planning import meets
+from specdef_jax.hub.safetensors_file import COMP
+from specdef_jax.hub.shards import CONFIG, Shards, open_shards
+from specdef_jax.hub.tensors import Tensor, tensors_of
+from specdef_jax.hub.working import Step, default_workers, in_order
+from specdef_jax.preservation import LayerPreservation
+
+
+@dataclass(frozen=True)
+class VerifiedLayer:
+    """One deformed layer, measured again.
+
+    Attributes:
+      measured: error of the stored factors against the original.
+      exact: they are the original, to the bit.
+      dtype: of the stored factors.
+      holds: the derived bound held, and the error is within the budget that the manifest states.
+    """
+
+    measured: LayerPreservation
+    exact: bool
+    dtype: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+      placement: insert or gauge.
+      layers: by name.
+      identical: number of tensors that are those of the original, byte for byte.
+      files: number of files whose sha256 is that of the manifest.
+      problems: everything that is not as it should be, in words.
+    """
+
+    placement: str
+    layers: dict[str, VerifiedLayer]
+    identical: int
+    files: int
+    problems: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every layer holds and nothing else was changed."""
+        return not self.problems and all(layer.holds for layer in self.layers.values())
+
+
+def verify_directory(
+    out: Path | str, against: Path | str, *, workers: int | None = None, progress: Step | None = None
+) -> Verification:
+    """Check that a directory is the deformation of another, and nothing else.
+
+    Of specdef.json only the names of what was deformed, the axes and the budget are taken; errors and
+    bounds are computed from the tensors, every other tensor and file is compared byte by byte.
+
+    Args:
+      out: a directory that deform_directory wrote.
+      against: the original.
+      workers: tensors at work at a time.
+      progress: progress(stage, done, total).
+
+    Raises:
+      FileError: either directory is damaged, or `out` has no manifest, or one that does not fit its tensors.
+    """
+    out, against = Path(out), Path(against)
+    tell = progress or (lambda stage, done, total: None)
+    manifest = load_manifest(out)
+    made, original = open_shards(out), open_shards(against)
+    dtypes = {np.dtype(d) for d in manifest.dequantized.values()}
+    tensors = tensors_of(original, dtypes.pop() if dtypes else None)
+    problems, files = _check_files(made, manifest, tell)
+    problems += _check_config(made, original, manifest)
+    problems += _check_others(made, original)
+    untouched = sorted(set(tensors) - _touched(made, tensors, manifest, problems))
+    problems += _check_names(made, tensors, manifest)
+    count = workers or default_workers()
+    same = in_order(
+        lambda name: _same(made, original, tensors[name]),
+        [name for name in untouched if name in made],
+        lambda name: 0 if not tensors[name].parts else tensors[name].size,
+        workers=count,
+        told=lambda done: tell("comparing", done, len(untouched)),
+    )
+    compared = [name for name in untouched if name in made]
+    problems += [f"'{n}' differs from the original" for n, s in zip(compared, same, strict=True) if not s]
+    names = [name for name in manifest.layers if name in tensors and name in made]
+    layers = in_order(
+        lambda item: _layer(made, original, tensors, manifest, *item),
+        list(zip(names, jax.random.split(jax.random.key(0), len(names) or 1), strict=False)),
+        lambda item: tensors[item[0]].size,
+        workers=count,
+        told=lambda done: tell("measuring", done, len(names)),
+    )
+    return Verification(
+        manifest.placement, dict(zip(names, layers, strict=True)), sum(same), files, tuple(problems)
+    )
+
+
+def _layer(
+    made: Shards,
+    original: Shards,
+    tensors: dict[str, Tensor],
+    manifest: Manifest,
+    name: str,
+    key: PRNGKeyArray,
+) -> VerifiedLayer:
+    entry = manifest.layers[name].entry
+    if manifest.placement == "insert":
+        check_pair(made, name, entry)
+        plain, weight, comp = tensors[name].read(), made.read(name), made.read(name + COMP)
+        measured, exact = insertion.measure_pair(name, plain, weight, comp, entry["axes"], entry["side"], key)
+        dtype = weight.dtype
+    else:
+        pair = pair_at(original, name)
+        matrices = gauging.matrices_of(original, pair), gauging.matrices_of(made, pair)
+        measured, exact = gauging.measure_pair(*matrices, pair, key)
+        dtype = matrices[1][0].dtype
+    broken = measured.bound_ratio > 1
+    within = meets(measured, exact, float(manifest.spec["budget"]))
+    return VerifiedLayer(measured, exact, str(dtype), within and not broken)
+
+
+def _touched(made: Shards, tensors: dict[str, Tensor], manifest: Manifest, problems: list[str]) -> set[str]:
+    """Return the tensors of the original that may differ."""
+    found: set[str] = set()
+    for name, layer in manifest.layers.items():
+        found |= set(_parts(name, layer))
+    problems += [f"'{n}' of the manifest is not in the original" for n in sorted(found - set(tensors))]
+    return found
+
+
+def _parts(name: str, layer: StoredLayer) -> Iterator[str]:
+    yield name
+    if "second" in layer.entry:
+        yield layer.entry["second"]
+        if layer.entry["bias"]:
+            yield layer.entry["bias"]
+
+
+def _check_names(made: Shards, tensors: dict[str, Tensor], manifest: Manifest) -> list[str]:
+    comps = {name + COMP for name in manifest.layers} if manifest.placement == "insert" else set()
+    expected, found = set(tensors) | comps, set(made)
+    return [f"'{n}' is missing" for n in sorted(expected - found)] + [
+        f"'{n}' is in neither the original nor the manifest" for n in sorted(found - expected)
+    ]
+
+
+def _check_files(made: Shards, manifest: Manifest, tell: Step) -> tuple[list[str], int]:
+    problems, whole = [], 0
+    present = {CONFIG, *(s.name for s in made.shards), *made.others, *([made.index] if made.index else [])}
+    problems += [f"{n} is not in the manifest" for n in sorted(present - {MANIFEST} - set(manifest.files))]
+    total = sum(entry.size for entry in manifest.files.values())
+    done = 0
+    for name, entry in manifest.files.items():
+        if name not in present:
+            problems.append(f"{name} is missing")
+            continue
+        if sha256_of(made.path / name) == entry.sha256:
+            whole += 1
+        else:
+            problems.append(f"{name} is not the file that was written: its sha256 differs")
+        done += entry.size
+        tell("hashing", done, total)
+    return problems, whole
+
+
+def _check_config(made: Shards, original: Shards, manifest: Manifest) -> list[str]:
+    found = dict(made.config)
+    if manifest.placement == "insert":
+        if found == {**found, **manifest.config}:
+            return [f"{CONFIG} does not say that the model is deformed"]
+        found = restored_config(found, manifest.config)
+    expected = dict(original.config)
+    if manifest.dequantized:
+        expected.pop("quantization_config", None)
+    keys = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k))
+    return [f"{CONFIG} differs from the original in '{key}'" for key in keys]
+
+
+def _check_others(made: Shards, original: Shards) -> list[str]:
+    ours, theirs = set(made.others) - {MANIFEST}, set(original.others)
+    problems = [f"{name} is missing" for name in sorted(theirs - ours)]
+    problems += [f"{name} is not in the original" for name in sorted(ours - theirs)]
+    return problems + [
+        f"{name} differs from the original"
+        for name in sorted(ours & theirs)
+        if sha256_of(made.path / name) != sha256_of(original.path / name)
+    ]
+
+
+def _same(made: Shards, original: Shards, tensor: Tensor) -> bool:
+    """Tell whether a tensor is that of the original, dtype, shape and bytes."""
+    info = made.info(tensor.name)
+    if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+        return False
+    if tensor.parts:
+        return made.read(tensor.name).tobytes() == tensor.read().tobytes()
+    theirs = original.info(tensor.name)
+    pairs = zip(
+        parts_of(made.path / made.shard_of(tensor.name).name, info.start, info.stop),
+        parts_of(original.path / original.shard_of(tensor.name).name, theirs.start, theirs.stop),
+        strict=True,
+    )
+    return all(np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)) for a, b in pairs)
