@@ -120,7 +120,8 @@ def judge(mutant: Mutant, source: str, statements: list[str]) -> dict[str, Any]:
 def _run(file: str, source: str, statements: list[str], pipe: Any) -> None:
     """Send the name of the statement that noticed, or nothing."""
     with open(os.devnull, "w") as quiet:
-        os.dup2(quiet.fileno(), 2)
+        for stream in (1, 2):  # LAPACK complains there of a mutant's NaN
+            os.dup2(quiet.fileno(), stream)
         from theory.__main__ import _settle_on_cpu
 
         _settle_on_cpu()

@@ -15,16 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
 from specdef_jax.errors import LayeredUnsupported, ProblemError, SpecError
 
 Side = Literal["output", "input"]
+Kernel = TypeVar("Kernel", Array, np.ndarray)  # what is reshaped stays what it is
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ class KernelAxes:
         """Return the number of features on one side of a kernel of this shape."""
         return math.prod(shape[i] for i in self.features(side))
 
-    def to_matrix(self, kernel: Array, side: Side) -> Float[Array, "*stack rest d"]:
+    def to_matrix(self, kernel: Kernel, side: Side) -> Kernel:
         """Return the kernel as (*stack, rest, d): d the features of `side`, rest all else."""
         order, shape = self._matrix_layout(kernel.shape, side)
         return kernel.transpose(order).reshape(shape)
 
-    def to_sided(self, kernel: Array, side: Side) -> Float[Array, "*stack rows columns"]:
+    def to_sided(self, kernel: Kernel, side: Side) -> Kernel:
         """Return (*stack, rest, d) on the output side and (*stack, d, rest) on the input side.
 
         The orientation in which a kernel (in, out) is its own matrix: nothing is moved or copied.
@@ -73,13 +75,13 @@ class KernelAxes:
         kernel = kernel if order == tuple(range(kernel.ndim)) else kernel.transpose(order)
         return kernel if shape == kernel.shape else kernel.reshape(shape)
 
-    def from_sided(self, matrix: Array, shape: tuple[int, ...], side: Side) -> Array:
+    def from_sided(self, matrix: Kernel, shape: tuple[int, ...], side: Side) -> Kernel:
         """Undo to_sided for a kernel of the given shape."""
         order, _ = self._sided_layout(shape, side)
         inverse = tuple(order.index(i) for i in range(len(order)))
         return matrix.reshape(tuple(shape[i] for i in order)).transpose(inverse)
 
-    def from_matrix(self, matrix: Array, shape: tuple[int, ...], side: Side) -> Array:
+    def from_matrix(self, matrix: Kernel, shape: tuple[int, ...], side: Side) -> Kernel:
         """Undo to_matrix for a kernel of the given shape."""
         order, _ = self._matrix_layout(shape, side)
         inverse = tuple(order.index(i) for i in range(len(order)))

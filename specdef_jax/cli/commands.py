@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import tyro
 
 from specdef_jax.cli.certify import certify
+from specdef_jax.cli.checkpoint import attack, verify
 from specdef_jax.cli.deform import deform
 from specdef_jax.cli.inspect import inspect
 
-COMMANDS = {"certify": certify, "deform": deform, "inspect": inspect}
+COMMANDS = {"certify": certify, "deform": deform, "inspect": inspect, "verify": verify, "attack": attack}
 DESCRIPTION = "Deform open-weight models without changing what they compute, and certify what that does."
 
 

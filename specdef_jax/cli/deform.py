@@ -11,6 +11,7 @@ import tyro
 from jaxtyping import PyTree
 
 from specdef_jax import hub
+from specdef_jax.cli.checkpoint import deform_directory
 from specdef_jax.cli.console import Report, reporting, show_table
 from specdef_jax.errors import FileError
 from specdef_jax.files import exists_already
@@ -35,20 +36,28 @@ def deform(
     side: Literal["auto", "output", "input"] = "auto",
     directions: Literal["top", "bottom", "random"] = "top",
     tol: float = SpecDef.tol,
-    budget: float = SpecDef.budget,
+    budget: float | None = None,
+    placement: Literal["insert", "gauge"] = "insert",
+    dequantize: Literal["bfloat16", "float16", "float32"] | None = None,
     layout: Literal["auto", "hf", "jax"] = "auto",
     seed: int = 0,
     overwrite: bool = False,
 ) -> int:
     """Deform kernels of a checkpoint without changing the function it computes.
 
-    The output has, for every deformed tensor NAME, the deformed weight NAME and its compensation
-    NAME.comp (in an Orbax checkpoint NAME/weight and NAME/comp), and a record of how they multiply
-    to the original; code that ignores the compensation computes garbage. Everything else is kept as
-    it is, and the input is not modified.
+    Placement insert: the output has, for every deformed tensor NAME, the deformed weight NAME and its
+    compensation NAME.comp (in an Orbax checkpoint NAME/weight and NAME/comp), and a record of how they
+    multiply to the original; code that ignores the compensation computes garbage. Everything else is kept
+    as it is, and the input is not modified. Placement gauge, for directories of safetensors files: value
+    and output projections of attention are deformed in place, and the output is a stock checkpoint.
+
+    A directory is read and written tensor by tensor; its config gets a model_type of its own (insert),
+    and specdef.json tells what was done, with the error of each layer as stored. An interrupted run is
+    resumed by the same command.
 
     Args:
-      source: .safetensors file, or directory of an Orbax PyTree checkpoint.
+      source: directory of safetensors files with their config.json, single .safetensors file, or
+        directory of an Orbax PyTree checkpoint.
       out: where to write, in the same format.
       alpha: factor on the chosen singular directions, > 0.
       k: number of directions per kernel.
@@ -58,7 +67,10 @@ def deform(
       side: where the compensation stands; "auto" takes the side with fewer features.
       directions: which singular directions.
       tol: residual asked of the directions; missing it is reported, not an error.
-      budget: largest relative error of a layer in its dtype that is accepted; "inf" accepts any.
+      budget: largest relative error of a layer in its dtype that is accepted; "inf" accepts any. By
+        default 1e-3 for a directory, whose layers get the narrowest dtype that keeps to it, and 0.1 else.
+      placement: "insert" adds compensations, "gauge" nothing (directories only).
+      dequantize: dtype to expand MXFP4 tensors to (directories only); without it they are left alone.
       layout: "hf" is (out, in) as in PyTorch, "jax" is (in, out); "auto" is "hf" for tensors that
         are called "weight".
       seed: of every random choice.
@@ -67,8 +79,18 @@ def deform(
     Returns:
       The exit code.
     """
-    _check_paths(source, out, overwrite)
+    whole = hub.is_shards(source)
+    budget = (hub.BUDGET if whole else SpecDef.budget) if budget is None else budget
     spec = SpecDef(alpha, k, basis, side, directions, tol, budget)
+    if whole:
+        if overwrite:
+            raise FileError(f"{out}: a directory is never overwritten; choose another path, or remove it.")
+        return deform_directory(
+            source, out, spec, layers, placement=placement, dequantize=dequantize, layout=layout, seed=seed
+        )
+    if placement != "insert" or dequantize:
+        raise FileError(f"{source} is no directory of safetensors files, which gauge and dequantize need.")
+    _check_paths(source, out, overwrite)
     with reporting() as report:
         report("reading", 0, 0)
         checkpoint = hub.read_tree(source)

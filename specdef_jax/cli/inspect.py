@@ -1,28 +1,41 @@
-"""`specdef inspect`: what a checkpoint holds, and the top of each matrix's spectrum."""
+"""`specdef inspect`: what a checkpoint holds, the top of each matrix's spectrum, and what looks deformed."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import functools
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
-from jaxtyping import PyTree
 
 from specdef_jax import hub
 from specdef_jax.cli.console import Report, reporting, show_table
-from specdef_jax.errors import SelectionError, SpecError
+from specdef_jax.errors import SelectionError, SpecError, StructureError
 from specdef_jax.layout import axes_of
 from specdef_jax.parametrization import Deformed, KernelAxes, is_structured
 from specdef_jax.select import Candidate
-from specdef_jax.subspace import top_subspace
 from specdef_jax.trees import named_leaves
 
-_COLUMNS = ("tensor", "shape", "dtype", "deformed", "top singular values", "gap")
-_TOP = 3
+_COLUMNS = ("tensor", "shape", "dtype", "deformed", "top singular values", "gap", "suspected")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of any kind of checkpoint, read when it is its turn."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: Callable[[], KernelAxes]
+    deformed: dict[str, Any] | None
+    read: Callable[[], np.ndarray]
 
 
 def inspect(
@@ -36,12 +49,13 @@ def inspect(
 ) -> int:
     """List the tensors of a checkpoint, which are deformed, and their leading singular values.
 
-    A deformed kernel is listed with the values of its stored weight, compensation left out. The gap
-    is the largest ratio of neighbouring values listed: a deformation shows as a large one. Of
-    stacked matrices the one with the largest first value is listed.
+    A deformed kernel is listed with the values of its stored weight, compensation left out. The gap is
+    the largest ratio of neighbouring values among the first 33. Of stacked matrices the one with the
+    largest first value is listed. What is suspected is no proof: layers trained on correlated features
+    show gaps too.
 
     Args:
-      source: .safetensors file, or directory of an Orbax PyTree checkpoint.
+      source: directory of safetensors files, .safetensors file, or directory of an Orbax checkpoint.
       layers: globs on tensor names; list only these.
       layout: as in `specdef deform`.
       as_json: print JSON instead of a table.
@@ -52,8 +66,12 @@ def inspect(
     """
     with reporting() as report:
         report("reading", 0, 0)
-        checkpoint = hub.read_tree(source)
-        rows = _rows(checkpoint, layers, layout, jax.random.key(seed), report)
+        if hub.is_shards(source):
+            shards = hub.open_shards(source)
+            entries, gauge = _of_shards(shards, layout), _gauge(shards)
+        else:
+            entries, gauge = _of_tree(hub.read_tree(source), layout), {}
+        rows = _rows(_chosen(entries, layers), gauge, jax.random.key(seed), report)
     if as_json:
         print(json.dumps({"path": str(source), "tensors": rows}, indent=1, allow_nan=False))
     else:
@@ -61,67 +79,91 @@ def inspect(
     return 0
 
 
+def _of_tree(checkpoint: hub.Checkpoint, layout: hub.Layout) -> list[_Entry]:
+    given = hub.axes_for(checkpoint.params, layout)
+    found = []
+    for name, leaf in named_leaves(checkpoint.params, is_leaf=is_structured):
+        array, deformed, axes = leaf, None, lambda n=name, x=leaf: axes_of(n, np.shape(x), given, False)
+        if isinstance(leaf, Deformed):
+            array, axes = leaf.weight, lambda x=leaf: x.axes
+            deformed = {"side": leaf.side, **checkpoint.details.get(name, {})}
+        dtype = getattr(array, "dtype", type(array).__name__)
+        found.append(_Entry(name, np.shape(array), dtype, axes, deformed, lambda x=array: np.asarray(x)))
+    return found
+
+
+def _of_shards(shards: hub.Shards, layout: hub.Layout) -> list[_Entry]:
+    tensors, records = hub.tensors_of(shards), hub.inserted(shards)
+    given = hub.kernel_axes(tensors, layout)
+    found = []
+    for name, tensor in tensors.items():
+        record, axes = records.get(name), lambda n=name, t=tensor: axes_of(n, t.shape, given, False)
+        if record is not None:
+            axes = lambda r=record: r["axes"]  # noqa: E731
+        deformed = None if record is None else {k: v for k, v in record.items() if k != "axes"}
+        found.append(_Entry(name, tensor.shape, tensor.dtype, axes, deformed, tensor.read))
+    return found
+
+
+def _gauge(shards: hub.Shards) -> dict[str, Callable[[], str]]:
+    """Return, for each value projection whose heads are known, a look at its balance."""
+
+    def look(pair: hub.AttentionPair) -> str:
+        first, second = hub.matrices_of(shards, pair)
+        return hub.suspect_gauge(first, second, pair.groups)
+
+    found = {}
+    for name in hub.find_pairs(shards):
+        with contextlib.suppress(StructureError):
+            found[name] = functools.partial(look, hub.pair_at(shards, name))
+    return found
+
+
 def _rows(
-    checkpoint: hub.Checkpoint, globs: tuple[str, ...], layout: hub.Layout, key: jax.Array, report: Report
+    entries: list[_Entry], gauge: dict[str, Callable[[], str]], key: jax.Array, report: Report
 ) -> list[dict[str, Any]]:
-    leaves = _chosen(checkpoint.params, globs)
-    axes = hub.axes_for(checkpoint.params, layout)
     rows = []
-    for index, (name, leaf) in enumerate(leaves.items()):
-        report("measuring", index, len(leaves))
-        array = leaf.weight if isinstance(leaf, Deformed) else leaf
-        found, note = _spectrum(name, leaf, axes, jax.random.fold_in(key, index))
-        gap = max((a / b for a, b in itertools.pairwise(found or []) if b > 0), default=None)
-        deformed = (
-            {"side": leaf.side, **checkpoint.details.get(name, {})} if isinstance(leaf, Deformed) else None
-        )
+    for index, entry in enumerate(entries):
+        report("measuring", index, len(entries))
+        found = _spectrum(entry, jax.random.fold_in(key, index))
+        suspected = [found.suspected, gauge[entry.name]() if entry.name in gauge and found.values else ""]
         rows.append(
             {
-                "name": name,
-                "shape": list(np.shape(array)),
-                "dtype": str(getattr(array, "dtype", type(array).__name__)),
-                "deformed": deformed,
-                "singular_values": found,
-                "gap": gap,
-                "note": note,
+                "name": entry.name,
+                "shape": list(entry.shape),
+                "dtype": str(entry.dtype),
+                "deformed": entry.deformed,
+                "singular_values": found.values,
+                "gap": found.gap,
+                "suspected": "; ".join(filter(None, suspected)),
+                "note": found.note,
             }
         )
     return rows
 
 
-def _chosen(params: PyTree, globs: tuple[str, ...]) -> dict[str, Any]:
-    leaves = dict(named_leaves(params, is_leaf=is_structured))
+def _chosen(entries: list[_Entry], globs: tuple[str, ...]) -> list[_Entry]:
     if not globs:
-        return leaves
-    candidates = [Candidate(name, (), np.dtype(np.float32)) for name in leaves]
-    chosen = hub.selector(globs).choose(candidates, jax.random.key(0))
+        return entries
+    candidates = [Candidate(entry.name, (), np.dtype(np.float32)) for entry in entries]
+    chosen = {c.name for c in hub.selector(globs).choose(candidates, jax.random.key(0))}
     if not chosen:
         raise SelectionError(
             f"{', '.join(map(repr, globs))} matched nothing; leave --layers out to list all."
         )
-    return {c.name: leaves[c.name] for c in chosen}
+    return [entry for entry in entries if entry.name in chosen]
 
 
-def _spectrum(
-    name: str, leaf: Any, axes: dict[str, KernelAxes], key: jax.Array
-) -> tuple[list[float] | None, str]:
-    """Return the leading singular values of a kernel, or None and why there are none."""
-    array = leaf.weight if isinstance(leaf, Deformed) else leaf
-    if np.ndim(array) < 2 or not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
-        return None, ""
-    if not array.size:
-        return None, "empty"
-    if not np.isfinite(np.asarray(array, np.float64)).all():
-        return None, "holds NaN or Inf"
+def _spectrum(entry: _Entry, key: jax.Array) -> hub.Spectrum:
+    """Return the spectrum of a kernel, none for what is not one."""
+    compensation = entry.name.endswith(".comp")
+    if len(entry.shape) < 2 or compensation or not jnp.issubdtype(entry.dtype, jnp.floating):
+        return hub.Spectrum()
     try:
-        kernel_axes = leaf.axes if isinstance(leaf, Deformed) else axes_of(name, array.shape, axes, False)
+        axes = entry.axes()
     except SpecError:
-        return None, "axes unknown"
-    matrix = kernel_axes.to_matrix(jax.numpy.asarray(array), "output")
-    flat = matrix.reshape(-1, *matrix.shape[-2:])
-    k = min(_TOP, *flat.shape[1:])
-    values = [np.asarray(top_subspace(one, k, key=key).singular_values, float) for one in flat]
-    return sorted(max(values, key=max).tolist(), reverse=True), ""
+        return hub.Spectrum(note="axes unknown")
+    return hub.spectrum_of(entry.read(), axes, key)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -133,4 +175,5 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         ", ".join(f"{key} {value}" for key, value in deformed.items()) if deformed else "",
         row["note"] if values is None else ", ".join(f"{s:.4g}" for s in values),
         "" if row["gap"] is None else f"{row['gap']:.4g}",
+        row["suspected"],
     )

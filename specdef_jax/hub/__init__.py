@@ -1,7 +1,7 @@
-"""Checkpoints on disk: read a tree, write a tree, whatever format holds it.
+"""Checkpoints on disk: read a tree, write a tree, deform, verify and undo whole directories.
 
-A file is a safetensors file, a directory an Orbax PyTree checkpoint. Neither format can hold code,
-and no pickle is ever loaded.
+A file is a safetensors file, a directory an Orbax PyTree checkpoint or config.json with safetensors
+files. None of these formats can hold code, and no pickle is ever loaded.
 """
 
 from __future__ import annotations
@@ -13,21 +13,57 @@ from typing import Any
 from jaxtyping import PyTree
 
 from specdef_jax.errors import FileError
+from specdef_jax.hub.attention import AttentionPair, find_pairs, pair_at
+from specdef_jax.hub.deforming import BUDGET
+from specdef_jax.hub.deforming import deform_directory as deform
+from specdef_jax.hub.fusing import Fused, inserted
+from specdef_jax.hub.fusing import fuse_directory as fuse
+from specdef_jax.hub.gauging import matrices_of
+from specdef_jax.hub.manifest import Manifest, Placement, StoredLayer, load_manifest
 from specdef_jax.hub.naming import Layout, axes_for, selector
 from specdef_jax.hub.orbax_tree import read_orbax, write_orbax
 from specdef_jax.hub.record import Checkpoint, details_of
 from specdef_jax.hub.safetensors_file import read_safetensors, write_safetensors
+from specdef_jax.hub.shards import Shards, is_shards, open_shards
+from specdef_jax.hub.spectra import Spectrum, spectrum_of, suspect_gauge
+from specdef_jax.hub.tensors import Tensor, kernel_axes, tensors_of
+from specdef_jax.hub.verifying import Verification
+from specdef_jax.hub.verifying import verify_directory as verify
 
 __all__ = [
+    "BUDGET",
+    "AttentionPair",
     "Checkpoint",
+    "Fused",
     "Layout",
+    "Manifest",
+    "Placement",
+    "Shards",
+    "Spectrum",
+    "StoredLayer",
+    "Tensor",
+    "Verification",
     "axes_for",
+    "deform",
     "details_of",
+    "find_pairs",
+    "fuse",
+    "inserted",
     "is_safetensors",
+    "is_shards",
+    "kernel_axes",
+    "load_manifest",
+    "matrices_of",
+    "open_shards",
+    "pair_at",
     "read_orbax",
     "read_safetensors",
     "read_tree",
     "selector",
+    "spectrum_of",
+    "suspect_gauge",
+    "tensors_of",
+    "verify",
     "write_orbax",
     "write_safetensors",
     "write_tree",
@@ -40,7 +76,9 @@ def is_safetensors(path: Path | str) -> bool:
 
 
 def read_tree(path: Path | str) -> Checkpoint:
-    """Read a safetensors file or an Orbax checkpoint; deformed kernels come back as Deformed leaves.
+    """Read a safetensors file, a directory of them, or an Orbax checkpoint.
+
+    Deformed kernels come back as Deformed leaves; arrays of files are read-only views.
 
     Raises:
       FileError: the path is missing, of neither format, truncated or corrupt.
@@ -52,6 +90,8 @@ def read_tree(path: Path | str) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileError(f"{path} does not exist; check the path.")
+    if is_shards(path):
+        return _merged([read_safetensors(path / shard.name) for shard in open_shards(path).shards])
     if path.is_dir():
         return read_orbax(path)
     if not is_safetensors(path):
@@ -91,3 +131,13 @@ def write_tree(
         )
     else:
         write_orbax(path, params, metadata=metadata, details=details, overwrite=overwrite)
+
+
+def _merged(files: list[Checkpoint]) -> Checkpoint:
+    """Return the files of a directory, which open_shards has checked to be disjoint, as one."""
+    params, metadata, details = {}, {}, {}
+    for file in files:
+        params |= file.params
+        metadata |= file.metadata
+        details |= file.details
+    return Checkpoint(params, metadata, details)

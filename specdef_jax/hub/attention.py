@@ -60,13 +60,17 @@ def find_pairs(shards: Shards) -> dict[str, tuple[str, str]]:
 
 
 def pair_at(shards: Shards, first: str) -> AttentionPair:
-    """Return the pair of a value projection that find_pairs gave.
+    """Return the pair of a value projection.
 
     Raises:
-      StructureError: the block holds a parameter that is not known to leave the two maps adjacent, the
-        config says that something stands between them, or the heads do not fit the shapes.
+      StructureError: there is none of this name, the block holds a parameter that is not known to leave
+        the two maps adjacent, the config says that something stands between them, or the heads do not fit
+        the shapes.
     """
-    second, prefix = find_pairs(shards)[first]
+    pairs = find_pairs(shards)
+    if first not in pairs:
+        raise StructureError(f"{shards.path} has no value projection '{first}' with an output projection.")
+    second, prefix = pairs[first]
     allowed = next(rest for value, _, rest in _STYLES if first.endswith(f"{prefix}{value}.weight"))
     unknown = [n for n in shards if n.startswith(prefix) and not re.fullmatch(allowed, n[len(prefix) :])]
     if unknown:

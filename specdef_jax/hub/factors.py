@@ -40,7 +40,7 @@ def build_stored(array: np.ndarray, layer: Layer, dtype: np.dtype) -> tuple[np.n
         comps.append(np.asarray(_comp(frame, k, layer.alpha, layer.basis, side)).astype(dtype))
     if not in_place:
         unstacked = target.reshape(*stack, *target.shape[-2:])
-        weight = np.ascontiguousarray(axes.from_matrix(unstacked, array.shape, side))  # type: ignore[arg-type]
+        weight = np.ascontiguousarray(axes.from_matrix(unstacked, array.shape, side))
     return weight, np.stack(comps).reshape(*stack, *comps[0].shape)
 
 
@@ -90,5 +90,5 @@ def fuse_stored(
             out[start : start + step] = part * diagonal if sparse else part @ right
     if not in_place:
         unstacked = target.reshape(*(weight.shape[i] for i in axes.stack), *target.shape[-2:])
-        fused = np.ascontiguousarray(axes.from_matrix(unstacked, weight.shape, side))  # type: ignore[arg-type]
+        fused = np.ascontiguousarray(axes.from_matrix(unstacked, weight.shape, side))
     return fused

@@ -133,7 +133,8 @@ def check_pair(shards: Shards, name: str, entry: dict[str, Any]) -> None:
 def restored_config(config: dict[str, Any], known: dict[str, Any] | None) -> dict[str, Any]:
     """Return the config as it was before a compensation was inserted, by what is known or by the names."""
     if known is not None:
-        return {k: known.get(k, v) for k, v in config.items() if known.get(k, v) is not None}
+        added = {key for key, value in known.items() if value is None}
+        return {key: known.get(key, value) for key, value in config.items() if key not in added}
     found = dict(config)
     if str(found.get("model_type", "")).startswith(MODEL_TYPE):
         found["model_type"] = found["model_type"].removeprefix(MODEL_TYPE)

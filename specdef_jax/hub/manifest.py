@@ -76,7 +76,7 @@ class Manifest:
     def to_json(self) -> str:
         """Return strict JSON; a number that is not finite is a string."""
         found = asdict(self) | {"format": FORMAT}
-        return json.dumps(_plain(found), indent=1, allow_nan=False) + "\n"
+        return json.dumps(plain(found), indent=1, allow_nan=False) + "\n"
 
 
 def load_manifest(directory: Path) -> Manifest:
@@ -152,11 +152,12 @@ def _text(value: Any) -> str:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value with every number that is not finite as a string."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -20,8 +20,8 @@ _PART = 1 << 23  # entries in float64 at a time
 
 def matrices(array: np.ndarray, axes: KernelAxes, side: Side) -> np.ndarray:
     """Return a kernel as (stack, rest, d), a view where its layout allows it."""
-    found = axes.to_matrix(array, side)  # type: ignore[arg-type]  # NumPy's transpose and reshape serve too
-    return found.reshape(-1, *found.shape[-2:])  # type: ignore[return-value]
+    found = axes.to_matrix(array, side)
+    return found.reshape(-1, *found.shape[-2:])
 
 
 def norm(matrix: np.ndarray) -> float:

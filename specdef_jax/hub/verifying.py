@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from specdef_jax.hub import gauging, insertion
 from specdef_jax.hub.attention import pair_at
 from specdef_jax.hub.copying import parts_of, sha256_of
 from specdef_jax.hub.fusing import check_pair, restored_config
-from specdef_jax.hub.manifest import MANIFEST, Manifest, StoredLayer, load_manifest
+from specdef_jax.hub.manifest import MANIFEST, Manifest, StoredLayer, load_manifest, plain
 from specdef_jax.hub.planning import meets
 from specdef_jax.hub.safetensors_file import COMP
 from specdef_jax.hub.shards import CONFIG, Shards, open_shards
@@ -62,6 +63,10 @@ class Verification:
     def holds(self) -> bool:
         """Whether every layer holds and nothing else was changed."""
         return not self.problems and all(layer.holds for layer in self.layers.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, a number that is not finite as a string."""
+        return plain(asdict(self) | {"holds": self.holds})
 
 
 def verify_directory(
@@ -124,10 +129,11 @@ def _layer(
     key: PRNGKeyArray,
 ) -> VerifiedLayer:
     entry = manifest.layers[name].entry
+    axes, side = entry.get("axes"), entry.get("side")
     if manifest.placement == "insert":
         check_pair(made, name, entry)
-        plain, weight, comp = tensors[name].read(), made.read(name), made.read(name + COMP)
-        measured, exact = insertion.measure_pair(name, plain, weight, comp, entry["axes"], entry["side"], key)
+        kernel, weight, comp = tensors[name].read(), made.read(name), made.read(name + COMP)
+        measured, exact = insertion.measure_pair(name, kernel, weight, comp, axes, side, key)
         dtype = weight.dtype
     else:
         pair = pair_at(original, name)
