@@ -117,10 +117,14 @@ def displacement_supremum(b1: float = 0.9, b2: float = 0.999, *, nesterov: bool 
     limit = displacement_limit(b1, b2, nesterov=nesterov)
     if not nesterov:
         return limit
-    until = 1 if b1 == 0 else math.log(2.0**-53) / math.log(b1)
-    # A power of two, so that few shapes are compiled for.
-    t = jnp.arange(1, 2 ** math.ceil(math.log2(until + 1)) + 1)
+    t = jnp.arange(_horizon(b1)) + 1
     return jnp.maximum(limit, jnp.max(nadam_displacement(t, b1, b2)))
+
+
+def _horizon(b1: float) -> int:
+    """Return a t, a power of two so that few shapes are compiled for, with b1^t below rounding."""
+    until = 1 if b1 == 0 else math.log(2.0**-53) / math.log(b1)
+    return 2 ** math.ceil(math.log2(until + 1))
 
 
 def adam_reach(

@@ -124,7 +124,7 @@ def _minimize(loss: Partial, start: PyTree, args: tuple[Any, ...], steps: int, t
         updates, state = optimizer.update(
             gradient, state, params, value=current, grad=gradient, value_fn=value
         )
-        best = jnp.where(current < best, current, best)
+        best = jnp.fmin(best, current)
         return optax.apply_updates(params, updates), state, step + 1, trees.norm(gradient), best
 
     first = value(start)

@@ -94,8 +94,7 @@ def exact_alpha_range(
     grown, shrunk = (x.astype(jnp.result_type(float)) for x in (grown, shrunk))
     largest = jnp.max(jnp.abs(grown))
     smallest = jnp.min(jnp.where(shrunk == 0, jnp.inf, jnp.abs(shrunk)))
-    up = jnp.where(largest == 0, jnp.inf, float(info.max) / jnp.where(largest == 0, 1.0, largest))
-    return jnp.minimum(up, smallest / float(info.tiny))
+    return jnp.minimum(float(info.max) / largest, smallest / float(info.tiny))
 
 
 def entry_growth(alpha: Float[Array, "..."] | float, m: int, basis: Basis) -> Float[Array, "..."]:

@@ -76,6 +76,14 @@ def test_limit_and_supremum(b1, b2, nesterov):
     assert float(bounds.displacement_supremum(b1, b2, nesterov=nesterov)) == pytest.approx(c.max(), rel=1e-10)
 
 
+def test_the_steps_looked_at_reach_to_rounding_and_no_further_than_a_power_of_two():
+    assert adam._horizon(0.0) == 2
+    for k in range(2, 12):
+        below = -53 * math.log(2) / (2**k - 1)  # b1^(2^k - 1) is just below, or just above, rounding
+        assert adam._horizon(math.exp(below * (1 + 1e-9))) == 2**k
+        assert adam._horizon(math.exp(below * (1 - 1e-9))) == 2 ** (k + 1)
+
+
 @pytest.mark.parametrize("decay", [0.0, 2.0])
 def test_the_reach_is_attained_in_optax_and_not_left(decay):
     sizes, start = jnp.linspace(0.3, 0.01, 25), jnp.asarray(-0.7)

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 import specdef_jax as sd
 from specdef_jax import bounds, trees
 from specdef_jax.errors import StructureError
+from specdef_jax.parametrization import Deformed, KernelAxes
 from specdef_jax.spec import Plan
 
 KEY = jax.random.key(3)
@@ -148,6 +149,22 @@ def test_hessian_of_stacked_layers(data):
     plan = planned(params, {"w": 8.0}, k=2, stacked=True)
     assert plan["w"].U.shape == (3, 5, 2)
     check_congruence(stacked_loss, params, plan, *data)
+
+
+@pytest.mark.parametrize("basis", ["symmetric", "rotated"])
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_phi_of_stacked_layers_is_that_of_each_layer(side, basis):
+    params = {"w": jax.random.normal(KEY, (3, 5, 4))}
+    plan = planned(params, {"w": 8.0}, k=2, side=side, basis=basis, stacked=True)
+    tangent = trees.normal_like(KEY, sd.apply_plan(params, plan))
+    together = bounds.phi(tangent, plan)
+    for i in range(3):
+        layer = replace(plan["w"], U=plan["w"].U[i], axes=KernelAxes((0,), (1,)))
+        pair = Deformed(tangent["w"].weight[i], tangent["w"].comp[i], side, layer.axes)
+        alone = bounds.phi({"w": pair}, Plan({"w": layer}))["w"]
+        np.testing.assert_allclose(together["w"].weight[i], alone.weight, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(together["w"].comp[i], alone.comp, rtol=0, atol=1e-12)
+        assert float(jnp.abs(alone.comp - pair.comp).max()) > 0.1
 
 
 @pytest.mark.parametrize("basis", ["symmetric", "rotated", "axis"])

@@ -141,6 +141,27 @@ def test_floor_of_an_optimum_is_the_start():
     assert float(far) == float(loss({"w": W}, W + 1.0))
 
 
+def test_no_more_steps_than_asked_for(linear):
+    params, x, y = linear
+    plan = sd.plan(params, sd.SpecDef(alpha=1.0, k=2), where="w", key=KEY)
+    floors = [
+        float(bounds.fast_subspace_loss(linear_loss, params, plan, x, y, steps=steps))
+        for steps in (0, 1, 2, 3, 500)
+    ]
+    assert all(b < a - 1e-6 for a, b in itertools.pairwise(floors))
+
+
+def test_stacked_layers_move_each_in_its_own_directions():
+    params = {"w": jax.random.normal(KEY, (3, 5, 4))}
+    plan = sd.plan(params, sd.SpecDef(alpha=1.0, k=2, side="output"), where="w", key=KEY, stacked=True)
+    task = bounds.fast_subspace(lambda p: jnp.sum(p["w"] ** 3), params, plan)
+    B = jax.random.normal(KEY, task.params["w"].shape)
+    moved = task.read_back({"w": B})["w"]
+    for i in range(3):
+        want = params["w"][i] + params["w"][i] @ plan["w"].U[i] @ B[i].T
+        np.testing.assert_allclose(moved[i], want, rtol=0, atol=1e-12)
+
+
 def test_plan_that_does_not_fit_the_tree(linear):
     params, x, y = linear
     plan = sd.plan(params, sd.SpecDef(alpha=4.0), where="w", key=KEY)

@@ -63,3 +63,13 @@ def test_the_least_information_against_scipy(data):
     assert float(bounds.least_information(x, g, 2)) == pytest.approx(0, abs=1e-12)
     assert float(bounds.least_information(x, g, 3)) > 1e-6
     assert float(bounds.least_information(x, g, 5)) == pytest.approx(explained(x, g), rel=1e-12)
+
+
+def test_every_direction_tells_where_residuals_have_as_many(data):
+    x, _ = data
+    g = jnp.asarray(np.random.default_rng(3).standard_normal((30, 6)))
+    for k in (1, 5):
+        n = len(x)
+        pencil = np.asarray(x.T @ g @ g.T @ x) / n**2, np.asarray(x.T @ x) / n
+        want = scipy.linalg.eigh(*pencil, eigvals_only=True)[:k].sum()
+        assert float(bounds.least_information(x, g, k)) == pytest.approx(want, rel=1e-9)

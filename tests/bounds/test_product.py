@@ -77,6 +77,23 @@ def test_v1_needs_the_rank():
     assert float(bounds.product_v1(A, low_rank, C)) > 0
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_rank_does_not_depend_on_the_scale(scale):
+    A, B, C = draw(gaussian, (3, 4, 3, 2))
+    low_rank = B[:, :1] @ B[:1]
+    want = scale * float(bounds.product_v1(A, low_rank, C))
+    assert want > 0
+    assert float(bounds.product_v1(A, scale * low_rank, C)) == pytest.approx(want, rel=1e-9)
+
+
+def test_the_rounding_allowance_by_its_formula():
+    A, B, C = draw(gaussian, (3, 5, 3, 2))
+    A, C = 7.0 * A, C / 30
+    norms = [np.linalg.norm(np.asarray(X), 2) for X in (A, B, C)]
+    want = 8 * 5 * np.finfo(float).eps * np.prod(norms)
+    assert float(bounds.product_allowance(A, B, C)) == pytest.approx(want, rel=1e-12)
+
+
 def exact(A, B, C):
     """sigma_1(ABC) in fifty digits."""
     product = mpmath.matrix(np.asarray(A).tolist()) * mpmath.matrix(np.asarray(B).tolist())

@@ -43,6 +43,11 @@ def test_the_papers_compensation_by_the_pseudoinverse(m, n, rank):
         np.testing.assert_allclose(C, transform(U[:, :k], 1 / 9) @ projector, atol=1e-13)
 
 
+def test_what_is_zero_to_rounding_is_told_by_the_largest_value():
+    W = jnp.diag(jnp.array([1e10, 1.0, 1e-8]))
+    assert jnp.diagonal(bounds.paper_compensation(W, 1, 4.0)).tolist() == [0.25, 1.0, 0.0]
+
+
 def test_the_papers_compensation_of_zero_and_its_dtype():
     assert not bounds.paper_compensation(jnp.zeros((2, 3)), 1, 4.0).any()
     W = jnp.asarray(RNG.standard_normal((3, 3)), jnp.float32)
