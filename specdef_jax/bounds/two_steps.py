@@ -101,8 +101,8 @@ def two_step_velocity(
       [[1.25, 2.0], [0.5, 1.25]]
     """
     square = jnp.square(alpha)
-    through = matmul(jnp.swapaxes(matrix, -1, -2), gradient)
-    fast = matmul(matrix, through + (square - 1) * matmul(U, matmul(jnp.swapaxes(U, -1, -2), through)))
+    through = matmul(matrix.T, gradient)
+    fast = matmul(matrix, through + (square - 1) * matmul(U, matmul(U.T, through)))
     return fast / square + frozen_velocity(U, alpha, gradient)
 
 
@@ -118,7 +118,7 @@ def frozen_velocity(
       alpha: the factor.
       gradient: G = dL/dM.
     """
-    along = matmul(matmul(gradient, U), jnp.swapaxes(U, -1, -2))
+    along = matmul(matmul(gradient, U), U.T)
     return gradient - (1 - 1 / jnp.square(alpha)) * along
 
 

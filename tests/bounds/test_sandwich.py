@@ -79,3 +79,36 @@ def test_brackets_the_sharpness_of_two_layers(network):
         scale = np.r_[np.full(split, alphas[0]), np.full(len(block) - split, alphas[1])]
         want = np.abs(np.linalg.eigvalsh(scale[:, None] * np.asarray(block) * scale)).max()
         assert float(found.lower) == pytest.approx(want, rel=1e-7)  # block (i, j) grows as a_i a_j
+
+
+def test_a_loss_that_curves_downwards_is_as_sharp(network):
+    params, *data = network
+    plan = sd.plan(params, sd.SpecDef(alpha=4.0, k=2, side="output"), where="a", key=KEY)
+    up = bounds.sandwich(loss, params, plan, *data, key=KEY)
+    down = bounds.sandwich(lambda *args: -loss(*args), params, plan, *data, key=KEY)
+    for name in ("lower", "upper", "sigma_1"):
+        assert float(getattr(down, name)) == pytest.approx(float(getattr(up, name)), rel=1e-7)
+
+
+def test_the_allowance_is_what_both_eigenvalues_may_be_off_by(network):
+    params, *data = network
+    plan = sd.plan(params, sd.SpecDef(alpha=4.0, k=2, side="output"), where="a", key=KEY)
+    found = bounds.sandwich(loss, params, plan, *data, key=KEY, tol=1e-3)
+    keys = jax.random.split(KEY)
+    task = bounds.fast_subspace(loss, params, plan, *data)
+    operators = (
+        curvature.hessian(task.loss, task.params, *data),
+        curvature.hessian(loss, sd.apply_plan(params, plan.with_alpha(1.0)), *data),
+    )
+    block, full = (
+        curvature.eigsh(o, k=1, which="LM", tol=1e-3, key=k) for o, k in zip(operators, keys, strict=True)
+    )
+    want = 16 * float(full.residuals[0] + full.floor) + float(block.floor)
+    assert float(found.allowance) == pytest.approx(want, rel=1e-6)
+    assert float(full.floor) > 1e-6 * want
+
+
+def test_holds_up_to_the_allowance_on_either_side():
+    found = bounds.Sandwich(*map(jnp.asarray, (2.0, 3.0, 0.25, 1.0)))
+    told = [bool(found.holds(x)) for x in (1.7, 1.8, 2.0, 3.0, 3.2, 3.3)]
+    assert told == [False, True, True, True, True, False]
