@@ -61,6 +61,9 @@ def run(module: str, seed: int, size: Size) -> Report:
             certificates = tuple(loaded.certify(key, size))
     except Exception as error:  # one broken statement must not hide the others
         return Report(statement, (), time.perf_counter() - begin, f"{type(error).__name__}: {error}")
+    finally:
+        # A process may hold some 65,000 memory maps, and the programs of a statement take thousands.
+        jax.clear_caches()
     return Report(statement, certificates, time.perf_counter() - begin)
 
 

@@ -70,8 +70,13 @@ def _stored(layer: Layer) -> Float[Array, "d k"]:
 def _by_formula(W: Array, h: Array, G: Array, planned: Layer) -> Array:
     d, k = planned.U.shape
     if planned.side == "input":
-        WV = W @ planned.U
-        return bounds.compensation_block_shared(h, jnp.einsum("ai,etasb,bj->etisj", WV, G, WV))
+        # The compensation of a convolution is shared over its window too: q taps of d channels.
+        examples, positions, _ = h.shape
+        taps = W.reshape(len(W), -1, d)
+        count = positions * taps.shape[1]
+        WV = taps @ planned.U
+        between = jnp.einsum("aqi,etasb,brj->etqisrj", WV, G, WV).reshape(examples, count, k, count, k)
+        return bounds.compensation_block_shared(h.reshape(examples, count, d), between)
     z = h @ W.T @ planned.U
     if h.shape[1] == 1:
         K = bounds.compensation_block(z[:, 0], G[:, 0, :, 0])
