@@ -21,7 +21,7 @@ from specdef_jax.hub.fusing import fuse_directory as fuse
 from specdef_jax.hub.gauging import matrices_of
 from specdef_jax.hub.manifest import Manifest, Placement, StoredLayer, load_manifest
 from specdef_jax.hub.naming import Layout, axes_for, selector
-from specdef_jax.hub.orbax_tree import read_orbax, write_orbax
+from specdef_jax.hub.orbax_tree import read_orbax, restore_orbax, write_orbax
 from specdef_jax.hub.record import Checkpoint, details_of
 from specdef_jax.hub.safetensors_file import read_safetensors, write_safetensors
 from specdef_jax.hub.shards import Shards, is_shards, open_shards
@@ -59,6 +59,7 @@ __all__ = [
     "read_orbax",
     "read_safetensors",
     "read_tree",
+    "restore_orbax",
     "selector",
     "spectrum_of",
     "suspect_gauge",

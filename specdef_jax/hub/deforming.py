@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from specdef_jax.hub.tensors import Tensor, tensors_of
 from specdef_jax.hub.working import Step, default_workers
 from specdef_jax.precision import as_format
 from specdef_jax.spec import SpecDef
+
+log = logging.getLogger(__name__)
 
 BUDGET = 1e-3  # what a stored layer may be off by unless asked otherwise
 VERSION = 1  # of the procedure: a run by another one is not resumed
@@ -76,6 +79,12 @@ def deform_directory(
     shards = open_shards(source)
     if MANIFEST in shards.others:
         raise FileError(f"{source} is deformed already, as its {MANIFEST} says; fuse it first.")
+    if shards.left_out:
+        log.warning(
+            "%s: %s belong to no index or may hold a pickle, and are not copied.",
+            source,
+            ", ".join(shards.left_out[:5]) + (", ..." if len(shards.left_out) > 5 else ""),
+        )
     tensors = tensors_of(shards, None if dequantize is None else np.dtype(as_format(dequantize).dtype))
     tell = progress or (lambda stage, done, total: None)
     count = workers or default_workers()

@@ -91,6 +91,47 @@ def write_orbax(
                 (temporary / SIDECAR).write_text(record)
 
 
+def restore_orbax(path: Path, like: PyTree) -> PyTree:
+    """Restore a checkpoint into the structure and onto the devices of `like`: weights, training state, all.
+
+    Args:
+      path: what write_orbax, or Orbax itself, saved.
+      like: tree of arrays or jax.ShapeDtypeStruct, Deformed leaves and optimizer states included; a leaf
+        with a sharding is restored to it, wherever it was saved from.
+
+    Raises:
+      FileError: the directory is no checkpoint, is damaged, or its leaves are not those of `like`.
+
+    Example:
+      >>> state = restore_orbax(path, jax.eval_shape(init, key))  # doctest: +SKIP
+    """
+    import orbax.checkpoint as ocp
+
+    path = Path(path)
+    _check_is_checkpoint(path)
+    with jax.enable_x64(True):  # so that a float64 leaf stays float64
+        wanted = jax.tree.map(_struct, like)
+        placed = ocp.checkpoint_utils.construct_restore_args(wanted)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                args = ocp.args.PyTreeRestore(item=wanted, restore_args=placed)
+                return checkpointer.restore(path.absolute(), args=args)
+        except Exception as error:  # Orbax and its store have no common base for their errors
+            raise _unrestorable(path, error) from error
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    array = np.asarray(leaf)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _unrestorable(path: Path, error: Exception) -> FileError:
+    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    return FileError(f"{path} cannot be restored: {reason}. Get the checkpoint again.")
+
+
 def _restore(path: Path) -> tuple[PyTree, dict[str, Any]]:
     import orbax.checkpoint as ocp
 
@@ -106,8 +147,7 @@ def _restore(path: Path) -> tuple[PyTree, dict[str, Any]]:
             args = jax.tree.map(on_host, found.tree, is_leaf=lambda leaf: leaf is None)
             tree = checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=args))
     except Exception as error:  # Orbax and its store have no common base for their errors
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise FileError(f"{path} cannot be restored: {reason}. Get the checkpoint again.") from error
+        raise _unrestorable(path, error) from error
     return tree, dict(found.custom_metadata or {})
 
 

@@ -5,9 +5,11 @@ import json
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -155,3 +157,48 @@ def test_a_lost_sidecar_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (tmp_path / "d" / "specdef.json").unlink()
     assert isinstance(hub.read_tree(tmp_path / "d").params["params"]["dense"]["kernel"], dict)
     assert "params/dense/kernel/comp" in caplog.text
+
+
+@pytest.fixture
+def state():
+    key = jax.random.key(0)
+    params = {"w": jax.random.normal(key, (16, 8)), "b": jnp.ones(8)}
+    params = sd.deform(params, sd.SpecDef(4.0), where="w", key=key)
+    return {"params": params, "opt_state": optax.adam(1e-3).init(params), "step": jnp.asarray(3)}
+
+
+def test_training_state_is_restored_onto_a_mesh(tmp_path: Path, state):
+    hub.write_orbax(tmp_path / "state", state)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def placed(leaf):
+        spec = jax.P("x") if leaf.ndim and leaf.shape[0] % 8 == 0 else jax.P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    like = jax.tree.map(placed, state)
+    found = hub.restore_orbax(tmp_path / "state", like)
+    chex.assert_trees_all_equal(found, state)
+    jax.tree.map(lambda x, s: chex.assert_equal(x.sharding, s.sharding), found, like)
+    assert not found["params"]["w"].weight.sharding.is_fully_replicated
+
+
+def test_a_restored_state_goes_on_as_if_nothing_had_happened(tmp_path: Path, state):
+    optimizer = optax.adam(1e-3)
+
+    def step(params, opt_state):
+        grads = jax.grad(lambda p: jnp.sum(jnp.tanh(sd.merge(p)["w"])))(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = step(state["params"], state["opt_state"])
+    hub.write_orbax(tmp_path / "state", {"params": params, "opt_state": opt_state})
+    like = jax.eval_shape(lambda: {"params": params, "opt_state": opt_state})
+    found = hub.restore_orbax(tmp_path / "state", like)
+    chex.assert_trees_all_equal(step(found["params"], found["opt_state"]), step(params, opt_state))
+
+
+def test_a_state_of_another_shape_or_structure_is_refused(tmp_path: Path, state):
+    hub.write_orbax(tmp_path / "state", state)
+    for like in (state | {"step": jnp.zeros(2)}, state | {"more": jnp.zeros(2)}, {"step": state["step"]}):
+        with pytest.raises(FileError, match="cannot be restored"):
+            hub.restore_orbax(tmp_path / "state", like)
