@@ -125,46 +125,51 @@ def pair_error_bound(
     """
     n, p = first.shape
     e1, e2 = form.product_error(n), form.product_error(p)
-    through = times(np.abs(h), first, absolute=True)
-    magnitude = times(through, second, absolute=True)
     factors = plain if isinstance(plain, tuple) else (plain,)
     exact, size = h, np.abs(h)
     for factor in factors:
-        exact, size = times(exact, factor), times(size, factor, absolute=True)
+        exact, size = times(exact, size, factor)
+    one = np.ones((1, n)), np.ones((1, p))  # for the sums of |A| and |B|
+    signed, found = times(h, np.concatenate([np.abs(h), one[0]]), first)
+    through, sums = found[:-1], found[-1]
+    # First product: flushed values reach the result through B; second: its operands are |h A| and B.
+    inner = _flushed(form, np.abs(h), sums, n)
+    signed, found = times(signed, np.concatenate([through, inner, one[1]]), second)
+    magnitude, flushed, sums = found[: len(h)], found[len(h) : -1], found[-1]
     wide = unit_roundoff(jnp.dtype(jnp.float64))
     rounding = gamma(n + p, wide) * magnitude + gamma(n + p * (len(factors) - 1), wide) * size
-    storage = np.abs(exact - times(times(h, first), second)) + rounding
-    # First product: flushed values reach the result through B; second: its operands are |h A| and B.
-    inner = _flushed(form, np.abs(h), first)
-    middle = (1 + e1) * through + inner
-    underflow = (1 + e2) * times(inner, second, absolute=True) + _flushed(form, middle, second)
+    storage = np.abs(exact - signed) + rounding
+    underflow = (1 + e2) * flushed + _flushed(form, (1 + e1) * through + inner, sums, p)
     # The bound itself is evaluated in float64: its relative error is far below this factor.
     return (((1 + e1) * (1 + e2) - 1) * magnitude + storage + underflow) * (1 + 1e-10)
 
 
 def times(
-    x: Float[np.ndarray, "*batch n"], matrix: Float[Array | np.ndarray, "n p"], *, absolute: bool = False
-) -> Float[np.ndarray, "*batch p"]:
-    """Return x M, or x |M|, in float64, converting M a few columns at a time."""
+    x: Float[np.ndarray, "a n"], y: Float[np.ndarray, "b n"], matrix: Float[Array | np.ndarray, "n p"]
+) -> tuple[Float[np.ndarray, "a p"], Float[np.ndarray, "b p"]]:
+    """Return (x M, y |M|) in float64, converting M once and a few columns at a time."""
+    matrix = np.asarray(matrix)
     columns = max(1, _BLOCK // max(len(matrix), 1))
-    parts = [np.zeros((*x.shape[:-1], 0))]
+    signed, absolute = np.empty((len(x), matrix.shape[1])), np.empty((len(y), matrix.shape[1]))
     for start in range(0, matrix.shape[1], columns):
-        block = np.asarray(matrix[:, start : start + columns], np.float64)
-        parts.append(x @ (np.abs(block) if absolute else block))
-    return np.concatenate(parts, axis=-1)
+        part = np.s_[:, start : start + columns]
+        block = matrix[part].astype(np.float64)
+        signed[part] = x @ block
+        absolute[part] = y @ np.abs(block, out=block)
+    return signed, absolute
 
 
 def _flushed(
-    form: Format, left: Float[np.ndarray, "batch n"], right: Float[Array | np.ndarray, "n p"]
+    form: Format, left: Float[np.ndarray, "batch n"], sums: Float[np.ndarray, " p"], terms: int
 ) -> Float[np.ndarray, "batch p"]:
     """Bound what flushing subnormal numbers to zero costs a product of factors of these magnitudes.
 
     At most one smallest normal per stored result, per multiplication and addition of the accumulator,
-    and per operand, times what it is multiplied with.
+    and per operand, times what it is multiplied with: `sums` are the column sums of the right factor's
+    magnitudes, `terms` the number of its rows.
     """
     stored, summed = (float(jnp.finfo(dtype).tiny) for dtype in (form.dtype, form.accumulator))
-    operands = left.sum(axis=1, keepdims=True) + times(np.ones(len(right)), right, absolute=True)
-    return stored + summed * (2 * len(right) + operands)
+    return stored + summed * (2 * terms + left.sum(axis=1, keepdims=True) + sums)
 
 
 def rule_of_thumb(unit: float, growth: float) -> float:

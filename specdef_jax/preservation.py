@@ -265,7 +265,9 @@ def certify_matrix(
     h, first, second = (jnp.asarray(x, form.dtype) for x in (h, first, second))
     output = np.asarray(_two_products(h, first, second, form=form), np.float64)
     wide = np.asarray(h, np.float64)
-    exact = functools.reduce(times, plain if isinstance(plain, tuple) else (plain,), wide)
+    exact, nothing = wide, np.zeros((0, wide.shape[1]))
+    for factor in plain if isinstance(plain, tuple) else (plain,):
+        exact, nothing = times(exact, nothing, factor)
     if all(bool(jnp.isfinite(x).all()) for x in (output, first, second)):
         bound = pair_error_bound(wide, first, second, plain, form)
     else:  # overflow

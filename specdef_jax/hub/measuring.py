@@ -14,7 +14,7 @@ from specdef_jax.precision import Format
 from specdef_jax.preservation import LayerPreservation, certify_matrix
 from specdef_jax.words import Word
 
-PROBES = 64
+PROBES = 16
 _PART = 1 << 23  # entries in float64 at a time
 
 
