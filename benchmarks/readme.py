@@ -176,11 +176,11 @@ def checkpoints() -> str:
     """Tell what deforming whole checkpoints takes."""
     record = json.loads((RESULTS / "checkpoint.json").read_text())
     lines = [
-        f"Checkpoints of random weights in real shapes ({_machine(record)}); the peer is `cp -r` and sync, plus "
-        "`sha256sum` of the output:",
+        f"Checkpoints of random weights in real shapes ({_machine(record)}); the peer is `cp -r` and "
+        "sync, plus `sha256sum` of the output:",
         "",
-        "| layout, placement | size | layers | stored | choosing, measuring | writing / peer | verify | fuse | "
-        "peak memory (bound) |",
+        "| layout, placement | size | layers | stored | choosing, measuring | writing / peer | verify | "
+        "fuse | peak memory (bound) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:

@@ -80,3 +80,67 @@ def test_bad_input(layer):
         sd.deform_pair(first.at[0, 0].set(jnp.nan), second, spec, key=KEY)
     with pytest.raises(BudgetError):
         sd.deform_pair(first.astype(jnp.float16), second.astype(jnp.float16), sd.SpecDef(alpha=1e4), key=KEY)
+
+
+SHAPES = [(9, 4, 7), (3, 5, 8), (8, 5, 3), (2, 6, 3)]
+
+
+def two_maps(n: int, d: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(n, d)) * np.geomspace(1, 1e4, d), rng.normal(size=(d, m))
+
+
+@pytest.mark.parametrize(("n", "d", "m"), SHAPES)
+def test_balanced_maps_have_the_same_product_and_equal_gram_matrices(n, d, m):
+    first, second = two_maps(n, d, m)
+    X, Y = map(np.asarray, sd.gauge.balance(jnp.asarray(first), jnp.asarray(second)))
+    assert X.shape == first.shape
+    assert Y.shape == second.shape
+    product = first @ second
+    np.testing.assert_allclose(X @ Y, product, atol=1e-13 * np.abs(product).max())
+    gram = X.T @ X
+    np.testing.assert_allclose(gram, Y @ Y.T, atol=1e-12 * np.abs(gram).max())
+    nuclear = np.linalg.norm(product, ord="nuc")
+    assert np.linalg.norm(X) ** 2 + np.linalg.norm(Y) ** 2 == pytest.approx(2 * nuclear, rel=1e-12)
+
+
+@pytest.mark.parametrize("basis", ["symmetric", "rotated", "axis"])
+def test_balancing_undoes_a_gauge_deformation_up_to_a_rotation_of_the_features(basis):
+    first, second = two_maps(9, 4, 7)
+    plain = sd.gauge.balance(jnp.asarray(first), jnp.asarray(second))
+    pair = sd.deform_pair(jnp.asarray(first), jnp.asarray(second), sd.SpecDef(2.0**10, basis=basis), key=KEY)
+    X, Y = sd.gauge.balance(pair.first, pair.second)
+    np.testing.assert_allclose(X @ X.T, plain[0] @ plain[0].T, rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(Y.T @ Y, plain[1].T @ plain[1], rtol=1e-7, atol=1e-7)
+
+
+def test_of_all_balanced_maps_the_one_nearest_to_the_first_is_taken():
+    first, second = two_maps(9, 4, 7)
+    X, Y = map(np.asarray, sd.gauge.balance(jnp.asarray(first), jnp.asarray(second)))
+    distance = np.linalg.norm(X - first)
+    for seed in range(20):
+        turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(4, 4)))[0]
+        assert np.linalg.norm(X @ turn - first) > distance
+    again = sd.gauge.balance(jnp.asarray(X), jnp.asarray(Y))
+    np.testing.assert_allclose(again[0], X, rtol=1e-9, atol=1e-9)
+
+
+def test_features_that_carry_nothing_are_balanced_to_zero():
+    first, second = two_maps(9, 4, 7)
+    first[:, 1], second[2] = 0, 0
+    X, Y = map(np.asarray, sd.gauge.balance(jnp.asarray(first), jnp.asarray(second)))
+    np.testing.assert_allclose(X @ Y, first @ second, atol=1e-9)
+    for values in (np.linalg.svd(a, compute_uv=False) for a in (X, Y)):
+        assert values[1] > 1e-3 * values[0]
+        assert values[2] < 1e-6 * values[0]
+    for a in sd.gauge.balance(jnp.zeros((3, 2)), jnp.ones((2, 4))):
+        assert not np.asarray(a).any()
+
+
+def test_maps_are_balanced_in_float64_whatever_the_caller_has_enabled():
+    first, second = (x.astype(np.float32) for x in two_maps(9, 4, 7))
+    with jax.enable_x64(False):
+        X, Y = sd.gauge.balance(jnp.asarray(first), jnp.asarray(second))
+    assert X.dtype == Y.dtype == np.float64
+    product = first.astype(float) @ second.astype(float)
+    np.testing.assert_allclose(np.asarray(X) @ np.asarray(Y), product, atol=1e-12 * np.abs(product).max())
