@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from specdef_jax.words import Word
+from theory.programs import free_when_many
 
 Kind = Literal["equality", "inequality", "tight", "refuted", "fit", "seen"]
 EQUALITY = 1e-10  # relative; what float64 leaves of an identity after a few hundred operations
@@ -273,6 +274,7 @@ def under_assumptions(
     claim: str, instance: str, evaluate: Callable[[], Certificate | Iterable[Certificate]]
 ) -> Certificates:
     """Return what `evaluate` certifies, or one certificate naming the assumption that is violated."""
+    free_when_many()
     try:
         found = evaluate()
     except AssumptionViolated as violated:

@@ -10,11 +10,14 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from theory.programs import free_when_many
+
 BATCH = 1_000  # what stays in a core's cache
 
 
 def over_draws(fn: Callable[..., PyTree], key: PRNGKeyArray, draws: int, *args: Any) -> PyTree:
     """Return fn(key, *args) for `draws` keys, vmapped in batches, as NumPy arrays with a leading axis."""
+    free_when_many()
     found = _map(fn, jax.random.split(key, draws), args)
     return jax.tree.map(np.asarray, found)
 
