@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from theory.catalogue import Report
 from theory.certificate import Certificate, Verdict
@@ -32,21 +34,18 @@ def block(report: Report) -> str:
     return "\n".join(lines)
 
 
-def summary(reports: Iterable[Report]) -> str:
-    """Return one line: how many of what."""
-    reports = list(reports)
-    found = [c for r in reports for c in r.certificates]
-    words: dict[str, int] = {}
-    for c in found:
-        if c.holds:
-            words[str(c.word)] = words.get(str(c.word), 0) + 1
+def summary(statements: Iterable[Mapping[str, Any]]) -> str:
+    """Return one line, how many of what, on statements as catalogue.to_dict gives them."""
+    statements = list(statements)
+    found = [c for s in statements for c in s["certificates"]]
+    words = Counter(c["word"] for c in found if c["verdict"] == Verdict.HOLDS)
     told = ", ".join(f"{n} {word}" for word, n in sorted(words.items(), reverse=True))
-    failed = sum(c.fails for c in found) + sum(bool(r.error) for r in reports)
-    outside = sum(c.verdict is Verdict.VIOLATED for c in found)
-    instances = sum(c.count for c in found)
+    verdicts = Counter(c["verdict"] for c in found)
+    failed = verdicts[Verdict.FAILS] + sum(bool(s["error"]) for s in statements)
+    instances, seconds = sum(c["count"] for c in found), sum(s["seconds"] for s in statements)
     return (
-        f"{len(reports)} statements, {len(found)} certificates on {instances:,} instances: {told}; "
-        f"{failed} fail; {outside} outside the assumptions; {sum(r.seconds for r in reports):.0f} s of work"
+        f"{len(statements)} statements, {len(found)} certificates on {instances:,} instances: {told}; "
+        f"{failed} fail; {verdicts[Verdict.VIOLATED]} outside the assumptions; {seconds:.0f} s of work"
     )
 
 

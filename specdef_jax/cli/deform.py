@@ -79,6 +79,8 @@ def deform(
     Returns:
       The exit code.
     """
+    if not source.exists():
+        raise FileError(f"{source} does not exist; check the path.")
     whole = hub.is_shards(source)
     budget = (hub.BUDGET if whole else SpecDef.budget) if budget is None else budget
     spec = SpecDef(alpha, k, basis, side, directions, tol, budget)

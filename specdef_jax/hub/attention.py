@@ -26,6 +26,8 @@ _STYLES = (
 )
 # Settings under which something stands between the two projections, or several layers share one of them.
 _BETWEEN = ("clip_qkv", "attn_output_gate", "num_kv_shared_layers", "attention_k_eq_v")
+# Models that normalize the values without a parameter that would tell.
+_NORMALIZED = re.compile(r"gemma3n|gemma4|diffusion_gemma|embedding_gemma2")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ def pair_at(shards: Shards, first: str) -> AttentionPair:
                 f"the config has {key} = {config[key]!r}: the projections of '{first}' are not adjacent, "
                 "or are shared; use placement insert."
             )
+    for told in (shards.config.get("model_type"), config.get("model_type")):
+        if _NORMALIZED.search(str(told)):
+            raise StructureError(
+                f"{told} normalizes values between the projections of '{first}'; use placement insert."
+            )
     heads, groups = _heads(config, prefix)
     _check_shapes(shards, first, second, prefix, heads, groups)
     bias = f"{first.removesuffix('weight')}bias"
@@ -101,7 +108,7 @@ def _section(config: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
 def _heads(config: Mapping[str, Any], prefix: str) -> tuple[int, int]:
     """Return the numbers of query heads and of key-value heads."""
     heads = config.get("num_attention_heads")
-    if config.get("_class_name", "").startswith("UNet") and heads is None:
+    if str(config.get("_class_name")).startswith("UNet") and heads is None:
         heads = config.get("attention_head_dim")  # so named there for compatibility
     heads = _of_block(heads, prefix)
     groups = config.get("num_key_value_heads")

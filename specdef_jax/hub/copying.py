@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from specdef_jax.errors import FileError
+from specdef_jax.files import unreadable
 
 PART = 1 << 24  # bytes; what is in flight between disk, hash and disk
 
@@ -73,9 +74,13 @@ def parts_of(path: Path, start: int = 0, stop: int | None = None) -> Iterator[me
     Raises:
       FileError: the file ends before `stop`.
     """
-    left = path.stat().st_size - start if stop is None else stop - start
+    try:
+        left = path.stat().st_size - start if stop is None else stop - start
+        opened = path.open("rb", buffering=0)
+    except OSError as error:
+        raise unreadable(path, error) from error
     buffers = [memoryview(bytearray(min(PART, max(left, 1)))) for _ in range(2)]
-    with path.open("rb", buffering=0) as file:
+    with opened as file:
         file.seek(start)
         while left:
             buffers.reverse()

@@ -19,6 +19,7 @@ from specdef_jax.hub import gauging, insertion
 from specdef_jax.hub.manifest import MANIFEST, Manifest, Placement
 from specdef_jax.hub.naming import Layout, selector
 from specdef_jax.hub.rewrite import Group, Written, check_output, rewrite
+from specdef_jax.hub.safetensors_file import RECORD
 from specdef_jax.hub.shards import CONFIG, Shards, open_shards
 from specdef_jax.hub.tensors import Tensor, tensors_of
 from specdef_jax.hub.working import Step, default_workers
@@ -77,8 +78,8 @@ def deform_directory(
     source, out = Path(source), Path(out)
     check_output(source, out)
     shards = open_shards(source)
-    if MANIFEST in shards.others:
-        raise FileError(f"{source} is deformed already, as its {MANIFEST} says; fuse it first.")
+    if MANIFEST in shards.others or any(RECORD in shard.metadata for shard in shards.shards):
+        raise FileError(f"{source} is deformed already; fuse it first.")
     if shards.left_out:
         log.warning(
             "%s: %s belong to no index or may hold a pickle, and are not copied.",
@@ -100,7 +101,7 @@ def deform_directory(
         raise SpecError(f"placement {placement!r} is unknown; use insert or gauge.")
     expanded = {name: tensor for name, tensor in tensors.items() if tensor.parts}
     config = {k: v for k, v in shards.config.items() if not (expanded and k == "quantization_config")}
-    before = {name: config.get(name) for name in placed.config}
+    before = config_text(shards, config)
     asked = _asked(spec, seed)
     made: list[Manifest] = []
 

@@ -53,7 +53,11 @@ def _deform(matrix: np.ndarray, out: np.ndarray, frame: Array, k: int, alpha: Ar
     step = max(1, _PART // max(matrix.shape[1 - rest], 1))
     for start in range(0, matrix.shape[rest], step):
         part = np.s_[:, start : start + step] if rest else np.s_[start : start + step]
-        out[part] = _part(jnp.asarray(matrix[part]), frame, k, alpha, basis, side, out.dtype.name)
+        # M U is taken in the precision of M: a pair in float64 asks for it throughout.
+        wide = np.promote_types(matrix.dtype, out.dtype) if out.dtype == np.float64 else matrix.dtype
+        out[part] = _part(
+            jnp.asarray(matrix[part].astype(wide, copy=False)), frame, k, alpha, basis, side, out.dtype.name
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("k", "basis", "side", "dtype"))

@@ -71,12 +71,11 @@ def fuse_directory(
         layers = {} if manifest is None else manifest.layers
         dtypes = {n: np.dtype(layer.source_dtype) for n, layer in layers.items()}
         groups = [_multiplied(shards, n, e, dtypes.get(n, shards.info(n).dtype)) for n, e in records.items()]
-        known = None if manifest is None else manifest.config
-        config = restored_config(shards.config, known)
+        text = config_text(shards, stock_config(shards.config)) if manifest is None else manifest.config
     else:
         firsts = find_pairs(shards) if manifest is None else manifest.layers
         pairs = [pair_at(shards, first) for first in firsts]
-        groups, config = [_balanced(shards, pair) for pair in pairs], shards.config
+        groups, text = [_balanced(shards, pair) for pair in pairs], config_text(shards, shards.config)
     if not groups:
         raise FileError(f"{source} has no compensations and no attention to balance: nothing to undo.")
     tell = progress or (lambda stage, done, total: None)
@@ -85,7 +84,7 @@ def fuse_directory(
         Shards(shards.path, shards.config, shards.shards, shards.index, shards.index_metadata, others, ()),
         out,
         groups,
-        texts={CONFIG: config_text(shards, config)},
+        texts={CONFIG: text},
         finish=lambda partial, files: {},
         key=fingerprint(shards, ["fuse", VERSION]),
         headers={s.name: {k: v for k, v in s.metadata.items() if k != RECORD} for s in shards.shards},
@@ -130,11 +129,8 @@ def check_pair(shards: Shards, name: str, entry: dict[str, Any]) -> None:
     )
 
 
-def restored_config(config: dict[str, Any], known: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the config as it was before a compensation was inserted, by what is known or by the names."""
-    if known is not None:
-        added = {key for key, value in known.items() if value is None}
-        return {key: known.get(key, value) for key, value in config.items() if key not in added}
+def stock_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config as it was before a compensation was inserted, going by its names."""
     found = dict(config)
     if str(found.get("model_type", "")).startswith(MODEL_TYPE):
         found["model_type"] = found["model_type"].removeprefix(MODEL_TYPE)

@@ -1,4 +1,8 @@
-"""Placement "insert": a compensation beside each deformed tensor, and a config that no stock loader takes."""
+"""Placement "insert": a compensation beside each deformed tensor, and a config with a name of its own.
+
+A loader that chooses the class by the config (AutoModel) refuses it. One that is told the class loads it
+with a warning, ignores the compensations, and computes garbage.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +94,8 @@ def own_config(config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "_class_name" in config:
         found["_class_name"] = f"{CLASS}{config['_class_name']}"
-    if "architectures" in config:
-        found["architectures"] = [f"{CLASS}{name}" for name in config["architectures"] or []]
+    if isinstance(config.get("architectures"), list):
+        found["architectures"] = [f"{CLASS}{name}" for name in config["architectures"]]
     if "model_type" in config or not found:
         found["model_type"] = f"{MODEL_TYPE}{config.get('model_type', 'unknown')}"
     return found
@@ -118,8 +122,8 @@ def measure_stored(p: PlannedTensor, written: Shards, budget: float, key: PRNGKe
         entry={"side": layer.side, "axes": layer.axes, **details},
         source_dtype=str(plain.dtype),
         dtype=str(p.dtype),
-        sigma_before=leading(plain, layer.axes, k, key),
-        sigma_after=leading(weight, layer.axes, k, key),
+        sigma_before=leading(plain, layer.axes, k, key, layer.side),
+        sigma_after=leading(weight, layer.axes, k, key, layer.side),
         exact=exact,
         measured=measured,
         status=", ".join(sorted(status.name.lower() for status in statuses)),

@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from specdef_jax.errors import FileError
 from specdef_jax.files import unreadable
 from specdef_jax.hub.record import FORMAT, load_entry
 from specdef_jax.hub.rewrite import Written
+from specdef_jax.hub.safetensors_header import DTYPES
 from specdef_jax.preservation import LayerPreservation
 from specdef_jax.words import Word
 
 MANIFEST = "specdef.json"
+_DTYPES = tuple(str(dtype) for dtype in DTYPES.values())
 Placement = Literal["insert", "gauge"]
 
 
@@ -58,7 +58,7 @@ class Manifest:
     Attributes:
       placement: insert or gauge.
       spec: alpha, k, basis, directions, tol, budget and seed as asked for.
-      config: entries of config.json as they were before; None for one that was added.
+      config: text of config.json without what the placement changed.
       layers: by name (gauge: of the value projection).
       dequantized: name -> dtype, tensors that replace quantized ones.
       files: every other file.
@@ -67,7 +67,7 @@ class Manifest:
 
     placement: Placement
     spec: dict[str, Any]
-    config: dict[str, Any]
+    config: str
     layers: dict[str, StoredLayer]
     dequantized: dict[str, str]
     files: dict[str, Written]
@@ -95,12 +95,13 @@ def load_manifest(directory: Path) -> Manifest:
             )
         if found["placement"] not in get_args(Placement):
             raise ValueError(f"placement {found['placement']!r}")
+        budget = found["spec"]["budget"]
         return Manifest(
             placement=found["placement"],
-            spec=dict(found["spec"]),
-            config=dict(found["config"]),
+            spec=found["spec"] | {"budget": float(_number(budget))},
+            config=_object(found["config"]),
             layers={str(n): _layer(e, found["placement"]) for n, e in found["layers"].items()},
-            dequantized={str(n): str(np.dtype(_text(d))) for n, d in found["dequantized"].items()},
+            dequantized={str(n): _dtype(d) for n, d in found["dequantized"].items()},
             files={str(n): Written(_text(e["sha256"]), int(e["size"])) for n, e in found["files"].items()},
             environment=dict(found["environment"]),
         )
@@ -136,14 +137,32 @@ def _layer(found: Mapping[str, Any], placement: Placement) -> StoredLayer:
     )
     return StoredLayer(
         entry=entry,
-        source_dtype=str(np.dtype(_text(found["source_dtype"]))),
-        dtype=str(np.dtype(_text(found["dtype"]))),
+        source_dtype=_dtype(found["source_dtype"]),
+        dtype=_dtype(found["dtype"]),
         sigma_before=[float(x) for x in found["sigma_before"]],
         sigma_after=[float(x) for x in found["sigma_after"]],
         exact=bool(found["exact"]),
         measured=measured,
         status=_text(found["status"]),
     )
+
+
+def _object(text: Any) -> str:
+    if not isinstance(json.loads(_text(text)), dict):
+        raise ValueError("config is no JSON object")
+    return text
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or not float(value) > 0:
+        raise ValueError(f"budget {value!r}")
+    return value
+
+
+def _dtype(value: Any) -> str:
+    if value not in _DTYPES:
+        raise ValueError(f"dtype {value!r}")
+    return value
 
 
 def _text(value: Any) -> str:

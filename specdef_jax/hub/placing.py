@@ -14,7 +14,7 @@ from specdef_jax.hub.measuring import matrices
 from specdef_jax.hub.rewrite import Group
 from specdef_jax.hub.shards import Shards
 from specdef_jax.hub.working import Step
-from specdef_jax.parametrization import KernelAxes
+from specdef_jax.parametrization import KernelAxes, Side
 from specdef_jax.subspace import top_subspace
 
 
@@ -37,10 +37,12 @@ class Placed:
     measure: Callable[[Shards, int, Step], dict[str, StoredLayer]]
 
 
-def leading(array: np.ndarray, axes: KernelAxes, k: int, key: PRNGKeyArray) -> list[float]:
+def leading(
+    array: np.ndarray, axes: KernelAxes, k: int, key: PRNGKeyArray, side: Side = "output"
+) -> list[float]:
     """Return the k leading singular values, descending; of a stack those of the largest matrix."""
     found = []
-    for matrix in matrices(array, axes, "output"):
+    for matrix in matrices(array, axes, side):
         flipped = matrix.strides[0] < matrix.strides[1]
         values = top_subspace(matrix.T if flipped else matrix, k, key=key, transposed=flipped).singular_values
         found.append(sorted(np.asarray(values, float).tolist(), reverse=True))

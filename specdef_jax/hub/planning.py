@@ -49,14 +49,16 @@ def plan_tensor(tensor: Tensor, axes: KernelAxes | None, spec: SpecDef, key: PRN
     array = tensor.read()
     unlimited = replace(spec, budget=math.inf)
     given = None if axes is None else {literal(tensor.name): axes}
-    made = plan({tensor.name: array}, unlimited, where=literal(tensor.name), key=key, axes=given)
+    # The range of float16 is no limit here: the factors may be stored in a wider dtype.
+    seen = array.astype(np.float32) if array.dtype == np.float16 else array
+    made = plan({tensor.name: seen}, unlimited, where=literal(tensor.name), key=key, axes=given)
     layer = made[tensor.name]
     return PlannedTensor(tensor, layer, _narrowest(tensor, array, layer, spec, key))
 
 
 def meets(measured: LayerPreservation, exact: bool, budget: float) -> bool:
     """Tell whether a stored pair is accurate enough: within the budget, or the original to the bit."""
-    return exact or measured.error <= budget
+    return measured.error <= budget or (exact and math.isfinite(measured.error))
 
 
 def dtypes_for(source: np.dtype) -> tuple[np.dtype, ...]:

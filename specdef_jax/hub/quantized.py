@@ -15,7 +15,7 @@ from specdef_jax.hub.shards import Shards
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = np.array([*_HALF, *(-x for x in _HALF)], np.float32)
-_BIAS = 127
+_BIAS, _NAN = 127, 255
 
 
 def find_quantized(shards: Shards) -> dict[str, tuple[str, str]]:
@@ -54,9 +54,14 @@ def dequantize(shards: Shards, blocks: str, scales: str, dtype: np.dtype) -> np.
     plain = np.empty(plain_shape(shards, blocks, scales), dtype)
     for expert, (bytes_, exponents) in enumerate(zip(packed, powers, strict=True)):
         codes = np.stack([bytes_ & 15, bytes_ >> 4], axis=-1).reshape(*exponents.shape, 32)
-        values = np.ldexp(_VALUES[codes], exponents[..., None].astype(np.int32) - _BIAS)
-        stored = values.astype(dtype)
-        if not np.array_equal(stored.astype(np.float32), values) or not np.isfinite(values).all():
+        with np.errstate(over="ignore"):
+            values = np.ldexp(_VALUES[codes], exponents[..., None].astype(np.int32) - _BIAS)
+            stored = values.astype(dtype)
+        if (
+            (exponents == _NAN).any()
+            or not np.array_equal(stored.astype(np.float32), values)
+            or not np.isfinite(values).all()
+        ):
             raise LeafError(
                 f"'{blocks}' holds values that {np.dtype(dtype).name} cannot; dequantize to float32."
             )

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from specdef_jax.errors import FileError, SpecDefError
-from specdef_jax.files import atomic_write_text, exists_already, explained, flush
+from specdef_jax.files import atomic_write_text, exists_already, explained, flush, unreadable
 from specdef_jax.hub.copying import PART, HashedFile, parts_of
 from specdef_jax.hub.safetensors_header import NAMES
 from specdef_jax.hub.shards import Shard, Shards
 
-JOURNAL = "journal.json"
+JOURNAL = ".specdef-journal.json"
 SPARE = 1 << 26  # bytes that must stay free beside what is written
 
 Stored = tuple[np.dtype, tuple[int, ...]]
@@ -89,16 +89,17 @@ def rewrite(
         full or fails.
     """
     check_output(source.path, out)
+    for name in (name for group in groups for name in group.after):
+        if name in source and name not in dropped:
+            raise FileError(f"{source.path} has a tensor '{name}' already; rename it first.")
     headers = headers or {}
     plans = {s.name: _plan(s, groups, dropped, headers.get(s.name, s.metadata)) for s in source.shards}
     index = _index(source, plans)
     texts = {**texts, **({source.index: index} if source.index else {})}
     copied = [name for name in source.others if name not in texts]
-    sizes = {name: plan.size for name, plan in plans.items()}
-    sizes |= {name: (source.path / name).stat().st_size for name in copied}
-    with explained(out), _partial(out, key) as (partial, journal):
+    sizes = {name: plan.size for name, plan in plans.items()} | _sizes(source.path, copied)
+    with explained(out), _partial(out, key, sum(sizes.values())) as (partial, journal):
         done = sum(sizes[name] for name in journal if name in sizes)
-        _check_space(out, sum(sizes.values()) - done)
         tell = _Counter(progress, done, sum(sizes.values()))
         with ThreadPoolExecutor(workers) as pool:
             for shard in source.shards:
@@ -111,7 +112,7 @@ def rewrite(
                 journal[name] = _copy(source.path / name, partial / name, tell)
         _write_texts(partial, texts, journal)
         _write_texts(partial, finish(partial, dict(journal)), journal)
-        (partial / JOURNAL).unlink()
+        _remove_all_but(partial, journal)
         for entry in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
             flush(entry)
         if os.path.lexists(out):
@@ -120,12 +121,31 @@ def rewrite(
         flush(out.parent)
 
 
+def _sizes(path: Path, names: Sequence[str]) -> dict[str, int]:
+    try:
+        return {name: (path / name).stat().st_size for name in names}
+    except OSError as error:
+        raise unreadable(Path(error.filename), error) from error
+
+
+def _remove_all_but(partial: Path, journal: Mapping[str, Written]) -> None:
+    """Remove what is no part of the output: the journal, and what a killed run left half-written."""
+    for entry in sorted(partial.rglob("*"), reverse=True):  # the content of a directory before it
+        if entry.is_dir():
+            if not any(entry.iterdir()):
+                entry.rmdir()
+        elif entry.relative_to(partial).as_posix() not in journal:
+            entry.unlink()
+
+
 def check_output(source: Path, out: Path) -> None:
     """Refuse an output that exists, or that would touch the input.
 
     Raises:
       FileError: it does.
     """
+    if os.path.islink(out):
+        raise exists_already(out)
     if out.resolve().is_relative_to(source.resolve()):
         raise FileError(f"{out} is the input or lies in it; inputs are never modified, choose another path.")
     if os.path.lexists(out):
@@ -134,7 +154,8 @@ def check_output(source: Path, out: Path) -> None:
 
 def partial_path(out: Path) -> Path:
     """Return the hidden sibling in which an output is built."""
-    return out.with_name(f".{out.name[:200]}.specdef-partial")
+    name = out.name.encode()[:200].decode(errors="ignore")
+    return out.with_name(f".{name}.specdef-partial")
 
 
 @dataclass(frozen=True)
@@ -257,20 +278,22 @@ def _index(source: Shards, plans: Mapping[str, _ShardPlan]) -> str:
 
 
 @contextlib.contextmanager
-def _partial(out: Path, key: str) -> Iterator[tuple[Path, dict[str, Written]]]:
+def _partial(out: Path, key: str, total: int) -> Iterator[tuple[Path, dict[str, Written]]]:
     """Give the partial directory, held by this process alone, and the files that are finished in it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(out)
     with _held(partial.with_suffix(".lock"), out):
         journal = _load(partial, key)
+        _check_space(out, total - sum(written.size for written in (journal or {}).values()))
         if journal is None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             _save(partial, key, journal := {})
         try:
             yield partial, journal
-        except SpecDefError:  # bad input: the same run would end the same way; a full disk is an OSError
-            shutil.rmtree(partial, ignore_errors=True)
+        except SpecDefError as error:  # bad input: the same run would end the same way
+            if not isinstance(error.__cause__, OSError):  # a full disk would not
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
@@ -285,6 +308,8 @@ def _held(lock: Path, out: Path) -> Iterator[None]:
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino != os.stat(lock).st_ino:
+                raise FileNotFoundError("the lock was given back just now")
         except OSError as error:
             raise FileError(f"{out} is being written by another process; wait for it, or end it.") from error
         try:

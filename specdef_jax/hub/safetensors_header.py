@@ -115,6 +115,9 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if stop - start != math.prod(shape) * dtype.itemsize:
         found = f"{stop - start} bytes"
         raise _corrupt(path, f"'{name}' of shape {tuple(shape)} and dtype {code} is given {found}")
+    empty = 0 in shape and math.prod(n or 1 for n in shape) * dtype.itemsize >= 1 << 63
+    if len(shape) > 32 or empty:  # others are measured by the file
+        raise _corrupt(path, f"'{name}' has shape {shape}, larger than any array")
     return TensorInfo(dtype, tuple(shape), data + start, data + stop)
 
 

@@ -9,6 +9,7 @@ for, and then one tensor at a time. No file outside of the directory is ever ope
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,16 @@ MAY_HOLD_CODE = (
     ".h5",
     ".msgpack",
     ".gguf",
+    ".joblib",
+    ".dill",
+    ".hdf5",
+    ".tar",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
 )
+CACHES = (".git", ".cache")  # directories that hold the original weights again
 _AGAIN = "get the checkpoint again"
 
 
@@ -114,9 +124,12 @@ class Shards:
 
 
 def is_shards(path: Path | str) -> bool:
-    """Tell whether a path is a directory that holds safetensors files."""
+    """Tell whether a path is a directory as Hugging Face lays it out, of safetensors files or not."""
     path = Path(path)
-    return path.is_dir() and any(path.glob("*.safetensors*"))
+    if not path.is_dir() or (path / "_METADATA").exists():
+        return False
+    found = {file.name.lower() for file in path.iterdir()}
+    return CONFIG in found or any(".safetensors" in n or n.endswith(MAY_HOLD_CODE) for n in found)
 
 
 def open_shards(path: Path | str) -> Shards:
@@ -131,8 +144,8 @@ def open_shards(path: Path | str) -> Shards:
         raise FileError(f"{path} is no directory; give the directory that holds config.json.")
     names = _names(path)
     config = _json(path / CONFIG) if CONFIG in names else None
-    weights = [n for n in names if n.endswith(".safetensors")]
-    indexes = [n for n in names if n.endswith(INDEX)]
+    weights = [n for n in names if n.endswith(".safetensors") and "/" not in n]
+    indexes = [n for n in names if n.endswith(INDEX) and "/" not in n]
     if not weights and not indexes:
         raise _nothing_to_read(path, names)
     if config is None:
@@ -152,11 +165,18 @@ def open_shards(path: Path | str) -> Shards:
         )
     taken = {CONFIG, *(s.name for s in shards), *([index] if index else [])}
     rest = [n for n in names if n not in taken]
-    unused = {n for n in rest if n.endswith((".safetensors", *MAY_HOLD_CODE))}
+    unused = {n for n in rest if _is_left_out(n)}
     return Shards(
         path, config, tuple(shards), index, metadata,
         others=tuple(n for n in rest if n not in unused), left_out=tuple(sorted(unused)),
     )  # fmt: skip
+
+
+def _is_left_out(name: str) -> bool:
+    """Tell whether a file that is no part of the model may hold weights, or code."""
+    return name.lower().endswith((".safetensors", INDEX, ".bin.index.json", *MAY_HOLD_CODE)) or (
+        name.split("/")[0] in CACHES
+    )
 
 
 def _names(path: Path) -> list[str]:
@@ -167,12 +187,18 @@ def _names(path: Path) -> list[str]:
         raise unreadable(path, error) from error
     for file in found:
         _check_inside(path, file.relative_to(path).as_posix())
+        if not file.is_file():
+            raise FileError(f"{file} is no regular file, or a link to nothing; remove it.")
     return [file.relative_to(path).as_posix() for file in found]
 
 
 def _check_inside(path: Path, name: str) -> None:
     """Refuse a file that is reached through a name or a link that leads out of the directory."""
     parts = Path(name).parts
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{path}: the name {name!r} is no text; {_AGAIN}.") from error
     if not name or "\\" in name or "\0" in name or Path(name).is_absolute() or ".." in parts:
         raise FileError(f"{path}: the name {name!r} leads out of the directory; {_AGAIN}.")
     try:
@@ -195,6 +221,7 @@ def _json(path: Path) -> dict[str, Any]:
 
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # what could not be written again
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
@@ -235,14 +262,14 @@ def _indexed(path: Path, index: str) -> tuple[dict[str, Any], list[Shard]]:
 
 
 def _shard(path: Path, name: str) -> Shard:
-    if not (path / name).is_file():
+    if not os.path.isfile(path / name):  # a name too long is not there either
         raise FileError(f"{path / name} is missing; {_AGAIN}, all of its shards.")
     tensors, metadata = read_header(path / name)
     return Shard(name, tensors, metadata)
 
 
 def _nothing_to_read(path: Path, names: list[str]) -> FileError:
-    coded = [n for n in names if n.endswith(MAY_HOLD_CODE)]
+    coded = [n for n in names if n.lower().endswith(MAY_HOLD_CODE)]
     if coded:
         return FileError(
             f"{path} holds {coded[0]} and no safetensors file. Files that may hold a pickle run code when "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,19 @@ from jaxtyping import PRNGKeyArray
 from specdef_jax.hub import gauging, insertion
 from specdef_jax.hub.attention import pair_at
 from specdef_jax.hub.copying import parts_of, sha256_of
-from specdef_jax.hub.fusing import check_pair, restored_config
-from specdef_jax.hub.manifest import MANIFEST, Manifest, StoredLayer, load_manifest, plain
+from specdef_jax.hub.deforming import config_text
+from specdef_jax.hub.fusing import check_pair, inserted
+from specdef_jax.hub.manifest import MANIFEST, Manifest, load_manifest, plain
+from specdef_jax.hub.placing import leading
 from specdef_jax.hub.planning import meets
+from specdef_jax.hub.quantized import find_quantized
 from specdef_jax.hub.safetensors_file import COMP
 from specdef_jax.hub.shards import CONFIG, Shards, open_shards
 from specdef_jax.hub.tensors import Tensor, tensors_of
 from specdef_jax.hub.working import Step, default_workers, in_order
 from specdef_jax.preservation import LayerPreservation
+
+_SIGMA = 0.05  # to which leading singular values, found by iteration, are compared
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class VerifiedLayer:
       measured: error of the stored factors against the original.
       exact: they are the original, to the bit.
       dtype: of the stored factors.
-      holds: the derived bound held, and the error is within the budget that the manifest states.
+      holds: the derived bound held, the error is within the budget that the manifest states, and so are
+        the singular values, before and after.
     """
 
     measured: LayerPreservation
@@ -74,8 +80,8 @@ def verify_directory(
 ) -> Verification:
     """Check that a directory is the deformation of another, and nothing else.
 
-    Of specdef.json only the names of what was deformed, the axes and the budget are taken; errors and
-    bounds are computed from the tensors, every other tensor and file is compared byte by byte.
+    Of specdef.json only the names of what was deformed, the axes and the budget are taken; errors, singular
+    values and bounds are computed from the tensors, every other tensor and file is compared byte by byte.
 
     Args:
       out: a directory that deform_directory wrote.
@@ -94,8 +100,9 @@ def verify_directory(
     tensors = tensors_of(original, dtypes.pop() if dtypes else None)
     problems, files = _check_files(made, manifest, tell)
     problems += _check_config(made, original, manifest)
+    problems += _check_records(made, manifest)
     problems += _check_others(made, original)
-    untouched = sorted(set(tensors) - _touched(made, tensors, manifest, problems))
+    untouched = sorted(set(tensors) - _touched(original, tensors, manifest, problems))
     problems += _check_names(made, tensors, manifest)
     count = workers or default_workers()
     same = in_order(
@@ -108,9 +115,11 @@ def verify_directory(
     compared = [name for name in untouched if name in made]
     problems += [f"'{n}' differs from the original" for n, s in zip(compared, same, strict=True) if not s]
     names = [name for name in manifest.layers if name in tensors and name in made]
+    # Probes that nobody can know in advance: an error may hide from fixed ones.
+    keys = jax.random.split(jax.random.key(secrets.randbits(32)), max(len(names), 1))[: len(names)]
     layers = in_order(
         lambda item: _layer(made, original, tensors, manifest, *item),
-        list(zip(names, jax.random.split(jax.random.key(0), len(names) or 1), strict=False)),
+        list(zip(names, keys, strict=True)),
         lambda item: tensors[item[0]].size,
         workers=count,
         told=lambda done: tell("measuring", done, len(names)),
@@ -128,38 +137,45 @@ def _layer(
     name: str,
     key: PRNGKeyArray,
 ) -> VerifiedLayer:
-    entry = manifest.layers[name].entry
-    axes, side = entry.get("axes"), entry.get("side")
+    told = manifest.layers[name]
+    entry = told.entry
     if manifest.placement == "insert":
+        axes, side = entry["axes"], entry["side"]
         check_pair(made, name, entry)
         kernel, weight, comp = tensors[name].read(), made.read(name), made.read(name + COMP)
         measured, exact = insertion.measure_pair(name, kernel, weight, comp, axes, side, key)
         dtype = weight.dtype
+        sigmas = [leading(x, axes, len(told.sigma_after), key, side) for x in (kernel, weight)]
     else:
         pair = pair_at(original, name)
         matrices = gauging.matrices_of(original, pair), gauging.matrices_of(made, pair)
         measured, exact = gauging.measure_pair(*matrices, pair, key)
         dtype = matrices[1][0].dtype
+        sigmas = [
+            gauging.leading_of_groups(shards, pair, len(told.sigma_after), key) for shards in (original, made)
+        ]
     broken = measured.bound_ratio > 1
+    as_told = all(
+        len(a) == len(b) and np.allclose(a, b, rtol=_SIGMA)
+        for a, b in zip(sigmas, (told.sigma_before, told.sigma_after), strict=True)
+    )
     within = meets(measured, exact, float(manifest.spec["budget"]))
-    return VerifiedLayer(measured, exact, str(dtype), within and not broken)
+    return VerifiedLayer(measured, exact, str(dtype), within and not broken and as_told)
 
 
-def _touched(made: Shards, tensors: dict[str, Tensor], manifest: Manifest, problems: list[str]) -> set[str]:
+def _touched(
+    original: Shards, tensors: dict[str, Tensor], manifest: Manifest, problems: list[str]
+) -> set[str]:
     """Return the tensors of the original that may differ."""
     found: set[str] = set()
-    for name, layer in manifest.layers.items():
-        found |= set(_parts(name, layer))
-    problems += [f"'{n}' of the manifest is not in the original" for n in sorted(found - set(tensors))]
+    for name in manifest.layers:
+        found.add(name)
+        if name not in tensors:
+            problems.append(f"'{name}' of the manifest is not in the original")
+        elif manifest.placement == "gauge":
+            pair = pair_at(original, name)
+            found |= {pair.second, *([pair.bias] if pair.bias else [])}
     return found
-
-
-def _parts(name: str, layer: StoredLayer) -> Iterator[str]:
-    yield name
-    if "second" in layer.entry:
-        yield layer.entry["second"]
-        if layer.entry["bias"]:
-            yield layer.entry["bias"]
 
 
 def _check_names(made: Shards, tensors: dict[str, Tensor], manifest: Manifest) -> list[str]:
@@ -190,22 +206,41 @@ def _check_files(made: Shards, manifest: Manifest, tell: Step) -> tuple[list[str
 
 
 def _check_config(made: Shards, original: Shards, manifest: Manifest) -> list[str]:
-    found = dict(made.config)
-    if manifest.placement == "insert":
-        if found == {**found, **manifest.config}:
-            return [f"{CONFIG} does not say that the model is deformed"]
-        found = restored_config(found, manifest.config)
+    """Compare configs: that of the output must be what deform makes of the original's, and nothing else."""
     expected = dict(original.config)
     if manifest.dequantized:
         expected.pop("quantization_config", None)
-    keys = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k))
-    return [f"{CONFIG} differs from the original in '{key}'" for key in keys]
+    problems = []
+    if manifest.config != config_text(original, expected):
+        problems.append(f"the manifest does not hold the original's {CONFIG}")
+    if manifest.placement == "insert":
+        expected |= insertion.own_config(expected)
+    keys = {key for key in {*made.config, *expected} if made.config.get(key) != expected.get(key)}
+    keys |= made.config.keys() ^ expected.keys()
+    problems += [f"{CONFIG} is not as deform makes it of the original in '{key}'" for key in sorted(keys)]
+    quantized = set(find_quantized(original))
+    if manifest.dequantized and set(manifest.dequantized) != quantized:
+        problems.append("the manifest names other tensors as dequantized than were quantized")
+    return problems
+
+
+def _check_records(made: Shards, manifest: Manifest) -> list[str]:
+    """Compare what the headers say, by which loaders go, with the manifest."""
+    told = inserted(made)
+    inserts = manifest.layers if manifest.placement == "insert" else {}
+    claimed = {name: layer.entry for name, layer in inserts.items()}
+    return [
+        f"the headers say of '{name}' what the manifest does not"
+        for name in sorted({*told, *claimed})
+        if told.get(name) != claimed.get(name)
+    ]
 
 
 def _check_others(made: Shards, original: Shards) -> list[str]:
     ours, theirs = set(made.others) - {MANIFEST}, set(original.others)
     problems = [f"{name} is missing" for name in sorted(theirs - ours)]
     problems += [f"{name} is not in the original" for name in sorted(ours - theirs)]
+    problems += [f"{name} is not in the original" for name in made.left_out]
     return problems + [
         f"{name} differs from the original"
         for name in sorted(ours & theirs)

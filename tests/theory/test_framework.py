@@ -243,3 +243,13 @@ def test_an_exception_in_a_statement_is_reported(monkeypatch):
     assert not report.holds
     assert "ModuleNotFoundError" in report.error
     assert "FAILS" in table.table([report])
+
+
+def test_statements_are_replaced_in_a_file_of_the_same_size_and_seed(tmp_path):
+    path = tmp_path / "theory.json"
+    old = [{"statement": n, "seconds": 1} for n in ("1.1", "2.4")]
+    new = [{"statement": n, "seconds": 2} for n in ("2.4", "3.1")]
+    assert command._among(path, new, "small", 0) == new
+    path.write_text(json.dumps({"size": "small", "seed": 0, "statements": old}))
+    assert command._among(path, new, "small", 0) == [old[0], *new]
+    assert command._among(path, new, "small", 1) == command._among(path, new, "full", 0) == new
