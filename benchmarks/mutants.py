@@ -17,6 +17,7 @@ import ast
 import copy
 import importlib.abc
 import importlib.util
+import json
 import multiprocessing
 import os
 import subprocess
@@ -99,20 +100,18 @@ def main() -> None:
                 told = f"equivalent: {known}" if known else "SURVIVED"
                 print(f"{mutant.file}.{mutant.function}:{mutant.line}  {mutant.change}  {told}", flush=True)
                 rows[-1]["equivalent"] = known or ""
-    survivors = [r for r in rows if r["survived"] and not r["equivalent"]]
+    from benchmarks._harness import RESULTS, save  # not above: it loads the originals
+
     seconds = time.perf_counter() - begin
+    if options.files:  # their rows, instead of those of the last run of all
+        held = json.loads((RESULTS / "mutants.json").read_text())
+        rows = [*(r for r in held["rows"] if r["file"] not in options.files), *rows]
+        seconds += held["summary"]["seconds"]
+    survivors = [r for r in rows if r["survived"] and not r["equivalent"]]
     listed = sum(r["survived"] for r in rows) - len(survivors)
     print(f"{len(rows)} mutants, {len(survivors)} survive, {listed} listed as equivalent, {seconds:.0f} s")
-    if not options.files:
-        from benchmarks._harness import save
-
-        summary = {
-            "mutants": len(rows),
-            "survivors": len(survivors),
-            "equivalent": listed,
-            "seconds": seconds,
-        }
-        save("mutants", {"size": "small", "jobs": options.jobs}, rows, summary)
+    counts = {"mutants": len(rows), "survivors": len(survivors), "equivalent": listed, "seconds": seconds}
+    save("mutants", {"size": "small", "jobs": options.jobs}, rows, counts)
     sys.exit(1 if survivors else 0)
 
 

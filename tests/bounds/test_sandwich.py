@@ -104,7 +104,7 @@ def test_the_allowance_is_what_both_eigenvalues_may_be_off_by(network):
         curvature.eigsh(o, k=1, which="LM", tol=1e-3, key=k) for o, k in zip(operators, keys, strict=True)
     )
     want = 16 * float(full.residuals[0] + full.floor) + float(block.floor)
-    assert float(found.allowance) == pytest.approx(want, rel=1e-6)
+    assert float(found.allowance) == pytest.approx(want, rel=1e-6, abs=0)
     assert float(full.floor) > 1e-6 * want
 
 
