@@ -52,6 +52,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("rates", "steps_to_reduce", "8 -> 9"): "how many eps count as reached: a tolerance, no mathematics",
     ("rates", "heavy_ball_factor", "-momentum * one -> -momentum / one"): "one is one",
     ("rounding_limits", "paper_compensation", "1.0 -> 1.1"): _MASKED,
+    ("rounding_limits", "update_is_lost", "jnp.abs(theta) -> theta"): "an odd number is odd with either sign",
     ("sandwich", "sandwich", "0 -> 1"): _CLAMPED,
     ("sandwich", "sandwich", "1 -> 2"): _ONE_MORE,
     ("stability", "max_stable_step", "1.0 -> 1.1"): _MASKED,

@@ -140,7 +140,8 @@ def theory() -> str:
     )
     return (
         f"`python -m theory` ({record['wall_seconds']:.0f} s on {_machine(record)}): {_claims(record)}. "
-        f"`--full` ({sum(s['seconds'] for s in whole['statements']):.0f} s of work): {_claims(whole)}. The published bound on an off-diagonal "
+        f"`--full` ({sum(s['seconds'] for s in whole['statements']):.0f} s of work): {_claims(whole)}. The "
+        f"published bound on an off-diagonal "
         f"block, as literally read, is refuted: of {refuted['count']} matrices ({refuted['instance']}) "
         f"{refuted['note'].split('; ')[-1].replace(' of the instances', '')}; three corrected ones hold on "
         f"all. Of {mutants['mutants']} deliberate errors in `specdef_jax/bounds`, statements and tests miss "

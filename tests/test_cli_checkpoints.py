@@ -1,6 +1,7 @@
 """The command on checkpoint directories: exit codes 0, 1 and 2, errors in one line, strict JSON."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_deform_passes_every_option_on(source: Path, tmp_path: Path):
         "side": "output",
         "directions": "random",
         "tol": 0.5,
-        "budget": "inf",
+        "budget": math.inf,
         "seed": 7,
     }
     assert manifest.spec == expected

@@ -217,7 +217,7 @@ def _check_config(made: Shards, original: Shards, manifest: Manifest) -> list[st
         expected |= insertion.own_config(expected)
     keys = {key for key in {*made.config, *expected} if made.config.get(key) != expected.get(key)}
     keys |= made.config.keys() ^ expected.keys()
-    problems += [f"{CONFIG} is not as deform makes it of the original in '{key}'" for key in sorted(keys)]
+    problems += [f"{CONFIG} differs from the original in '{key}'" for key in sorted(keys)]
     quantized = set(find_quantized(original))
     if manifest.dequantized and set(manifest.dequantized) != quantized:
         problems.append("the manifest names other tensors as dequantized than were quantized")

@@ -91,7 +91,7 @@ def test_the_rounding_allowance_by_its_formula():
     A, C = 7.0 * A, C / 30
     norms = [np.linalg.norm(np.asarray(X), 2) for X in (A, B, C)]
     want = 8 * 5 * np.finfo(float).eps * np.prod(norms)
-    assert float(bounds.product_allowance(A, B, C)) == pytest.approx(want, rel=1e-12)
+    assert float(bounds.product_allowance(A, B, C)) == pytest.approx(want, rel=1e-12, abs=0)
 
 
 def exact(A, B, C):

@@ -163,7 +163,8 @@ def test_a_file_that_changes_after_opening_is_an_error(tmp_path: Path):
 def test_which_directories_hold_safetensors(tmp_path: Path):
     assert hub.is_shards(single(tmp_path / "single"))
     assert hub.is_shards(directory(tmp_path / "index", {INDEX: "{}"}))
-    assert not hub.is_shards(directory(tmp_path / "other", {"config.json": {}, "model.bin": b""}))
+    assert hub.is_shards(directory(tmp_path / "other", {"config.json": {}, "model.bin": b""}))  # says why not
+    assert not hub.is_shards(directory(tmp_path / "orbax", {"_METADATA": {}, "config.json": {}}))
     assert not hub.is_shards(tmp_path / "single" / "model.safetensors")
     assert not hub.is_shards(tmp_path / "none")
 
