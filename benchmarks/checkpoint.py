@@ -200,7 +200,7 @@ def measure(name: str, layout: Layout, folder: Path) -> Iterator[dict[str, Any]]
 
 def make_up(folder: Path, layout: Layout) -> None:
     """Write random weights, cut from one pool of numbers: the spectra are those of Gaussian matrices."""
-    from specdef_jax.hub.safetensors_header import NAMES
+    from specdef_jax.hub.safetensors_header import header_of
 
     rng = np.random.default_rng(0)
     pools = {BF16: (0.02 * rng.standard_normal(1 << 26, np.float32)).astype(BF16)}
@@ -215,18 +215,13 @@ def make_up(folder: Path, layout: Layout) -> None:
         if held > SHARD * len(files):
             files.append([])
         files[-1].append(tensor)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, tensors in enumerate(files, 1):
         file = f"model-{i:05}-of-{len(files):05}.safetensors"
-        header, end = {}, 0
-        for name, dtype, shape in tensors:
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-            weight_map[name] = file
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        weight_map |= {tensor: file for tensor, _, _ in tensors}
+        header, _ = header_of({name: (dtype, shape) for name, dtype, shape in tensors}, {})
         with (folder / file).open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.write(header)
             for _, dtype, shape in tensors:
                 left, pool = math.prod(shape), pools[dtype]
                 while left:

@@ -66,6 +66,11 @@ class KernelAxes:
         order, shape = self._matrix_layout(kernel.shape, side)
         return kernel.transpose(order).reshape(shape)
 
+    def to_stack(self, kernel: Kernel, side: Side) -> Kernel:
+        """Return the kernel as (stack, rest, d), its stack axes in one (of a plain kernel, one entry)."""
+        found = self.to_matrix(kernel, side)
+        return found.reshape(-1, *found.shape[-2:])
+
     def to_sided(self, kernel: Kernel, side: Side) -> Kernel:
         """Return (*stack, rest, d) on the output side and (*stack, d, rest) on the input side.
 

@@ -7,6 +7,7 @@ where (A, B) is (weight, comp) on the output side and (comp, weight) on the inpu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
@@ -157,6 +158,18 @@ def times(
         signed[part] = x @ block
         absolute[part] = y @ np.abs(block, out=block)
     return signed, absolute
+
+
+def in_rows(*matrices: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield the same few rows of each array in float64."""
+    step = max(1, _BLOCK // max(math.prod(matrices[0].shape[1:]), 1))
+    for start in range(0, len(matrices[0]), step):
+        yield tuple(x[start : start + step].astype(np.float64) for x in matrices)
+
+
+def frobenius(matrix: np.ndarray) -> float:
+    """Return the Frobenius norm in float64, a few rows at a time."""
+    return math.sqrt(sum(np.vdot(x, x) for (x,) in in_rows(matrix)))
 
 
 def _flushed(

@@ -20,8 +20,16 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from specdef_jax import trees
 from specdef_jax.errors import StructureError
 from specdef_jax.layered import layered
-from specdef_jax.parametrization import Deformed, is_structured, merge
-from specdef_jax.precision import Format, Matrix, as_format, pair_error_bound, rule_of_thumb, times
+from specdef_jax.parametrization import Deformed, KernelAxes, Side, is_structured, merge
+from specdef_jax.precision import (
+    Format,
+    Matrix,
+    as_format,
+    frobenius,
+    pair_error_bound,
+    rule_of_thumb,
+    times,
+)
 from specdef_jax.rounding import round_products
 from specdef_jax.words import Word
 
@@ -132,7 +140,7 @@ def preservation(
         formats = []
         for form in map(as_format, dtypes):
             layers = tuple(
-                certify_layer(name, plain[name], pair, form, probes, jax.random.fold_in(key, i))
+                _certify_layer(name, plain[name], pair, form, probes, jax.random.fold_in(key, i))
                 for i, (name, pair) in enumerate(pairs.items())
             )
             output = _evaluate(apply, deformed, inputs, form)
@@ -212,34 +220,50 @@ def _cast(tree: PyTree, form: Format) -> PyTree:
     return jax.tree.map(cast, tree)
 
 
-def certify_layer(
+def _certify_layer(
     path: str, plain: Array, pair: Deformed, form: Format, probes: int, key: PRNGKeyArray
 ) -> LayerPreservation:
-    """Push isotropic inputs through the two stored factors of each matrix of a stack; return the worst.
+    """Certify each matrix of a layer and return the worst."""
+    original, weight, comp = (np.asarray(x) for x in (plain, pair.weight, pair.comp))
+    results = certify_stack(path, original, weight, comp, pair.axes, pair.side, form, probes, key)
+    # A broken bound must show, whatever the other matrices of the stack do.
+    return max(results, key=lambda r: (r.bound_ratio > 1, r.word is Word.ESTIMATED, r.bound_ratio, r.error))
+
+
+def certify_stack(
+    path: str,
+    plain: np.ndarray,
+    weight: np.ndarray,
+    comp: np.ndarray,
+    axes: KernelAxes,
+    side: Side,
+    form: Format,
+    probes: int,
+    key: PRNGKeyArray,
+) -> list[LayerPreservation]:
+    """Push isotropic inputs through the two stored factors of each matrix of a stack.
 
     Args:
       path: where the layer stands.
       plain: the undeformed kernel.
-      pair: the deformed one; its factors are rounded to the format.
+      weight: the deformed one, rounded to the format.
+      comp: (*stack, d, d), rounded likewise.
+      axes: of both kernels.
+      side: of the compensation.
       form: number format of storage and products.
       probes: number of inputs.
       key: for the inputs.
     """
-    weight = pair.axes.to_matrix(jnp.asarray(pair.weight), pair.side)
-    original = pair.axes.to_matrix(jnp.asarray(plain), pair.side).astype(jnp.float64)
-    comp = jnp.asarray(pair.comp)
-    first, second = weight, comp
-    if pair.side == "input":
-        first, second = comp, jnp.swapaxes(weight, -1, -2)
-        original = jnp.swapaxes(original, -1, -2)
-    stacks = [x.reshape(-1, *x.shape[-2:]) for x in (first, second, original, weight)]
+    stacks = (axes.to_stack(x, side) for x in (plain, weight))
     results = []
-    for i, (a, b, w, deformed) in enumerate(zip(*stacks, strict=True)):
-        h = jax.random.normal(jax.random.fold_in(key, i), (probes, a.shape[0]), jnp.float32)
-        growth = _ratio(float(jnp.linalg.norm(deformed.astype(jnp.float64))), float(jnp.linalg.norm(w)))
-        results.append(certify_matrix(path, h, a, b, np.asarray(w), growth, form))
-    # A broken bound must show, whatever the other matrices of the stack do.
-    return max(results, key=lambda r: (r.bound_ratio > 1, r.word is Word.ESTIMATED, r.bound_ratio, r.error))
+    for i, (w, deformed, c) in enumerate(zip(*stacks, comp.reshape(-1, *comp.shape[-2:]), strict=True)):
+        growth = _ratio(frobenius(deformed), frobenius(w))
+        first, second = deformed, c
+        if side == "input":
+            first, second, w = c, deformed.T, w.T
+        h = jax.random.normal(jax.random.fold_in(key, i), (probes, len(w)), jnp.float32)
+        results.append(certify_matrix(path, h, first, second, w, growth, form))
+    return results
 
 
 def certify_matrix(
@@ -262,7 +286,7 @@ def certify_matrix(
       growth: ||deformed|| / ||plain||, for the rule of thumb.
       form: number format of storage and products.
     """
-    h, first, second = (jnp.asarray(x, form.dtype) for x in (h, first, second))
+    h, first, second = (jnp.asarray(x).astype(form.dtype) for x in (h, first, second))
     output = np.asarray(_two_products(h, first, second, form=form), np.float64)
     wide = np.asarray(h, np.float64)
     exact, nothing = wide, np.zeros((0, wide.shape[1]))

@@ -252,10 +252,10 @@ def test_ctrl_c_and_a_full_disk_leave_nothing(
     code: int,
     message: str,
 ):
-    def fail(leaf: object) -> None:
+    def fail(leaf: object, part: int) -> None:
         raise error
 
-    monkeypatch.setattr(safetensors_file, "_bytes", fail)
+    monkeypatch.setattr(safetensors_file, "bytes_of", fail)
     assert deform(source, out, "--alpha", "2") == code
     printed = capsys.readouterr().err
     assert message in printed

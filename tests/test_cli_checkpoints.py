@@ -11,18 +11,10 @@ import safetensors.numpy
 
 from specdef_jax import hub
 from specdef_jax.cli import main
+from tests.hub.helpers_checkpoints import checkpoint, tensors_in
 
-DATA = Path(__file__).parent / "data"
 NAME = "model.layers.0.mlp.up_proj.weight"
 VALUE = "model.layers.0.self_attn.v_proj.weight"
-
-
-def checkpoint(name: str, to: Path) -> Path:
-    to.mkdir(parents=True)
-    for file in (DATA / name).iterdir():
-        if file.name not in ("reference.safetensors", "config.legacy.json"):
-            shutil.copyfile(file, to / file.name)
-    return to
 
 
 def strict(text: str) -> dict:
@@ -30,13 +22,6 @@ def strict(text: str) -> dict:
         raise ValueError(f"{constant} is no JSON")
 
     return json.loads(text, parse_constant=refuse)
-
-
-def tensors_in(path: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for file in sorted(path.glob("*.safetensors")):
-        found |= safetensors.numpy.load_file(file)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from specdef_jax import trees
+import specdef_jax as sd
+from specdef_jax import bounds, trees
 from specdef_jax.curvature import kinks
+from specdef_jax.parametrization import loss_on
+from specdef_jax.spec import Plan
 from theory.certificate import AssumptionViolated
 
 INVARIANCE = 1e-9
@@ -55,3 +58,19 @@ def require_invariance(
         here, there = loss(point, *args), loss(phi(point), *args)
         close = jnp.abs(there - here) <= INVARIANCE * (1 + jnp.abs(here))
         require(bool(close), "nothing nonlinear stands between weight and comp (L(phi theta) != L(theta))")
+
+
+def require_congruence(
+    loss: Callable[..., Array], params: PyTree, plan: Plan, *args: Any, key: PRNGKeyArray
+) -> tuple[Callable[..., Array], PyTree]:
+    """Require what phi needs of a network: alpha >= 1, L(phi(theta)) = L(theta), a smooth point.
+
+    Returns:
+      The loss on a deformed tree, and the parameters with the identity inserted.
+    """
+    require_alpha(*(float(layer.alpha) for _, layer in plan.items()))
+    inserted = sd.apply_plan(params, plan.with_alpha(1.0))
+    as_partial = loss_on(loss, inserted, *args)
+    require_invariance(as_partial, lambda tree: bounds.phi(tree, plan), inserted, *args, key=key)
+    require_smooth(as_partial, inserted, *args)
+    return as_partial, inserted

@@ -58,6 +58,7 @@ from theory.certificate import (
     under_assumptions,
 )
 from theory.draws import over_draws
+from theory.forms import forms
 from theory.instances.matrices import orthonormal
 from theory.instances.networks import mlp_instance, networks
 from theory.sizes import Size
@@ -65,18 +66,13 @@ from theory.sizes import Size
 ALPHA = 1000.0  # no power of two
 UNIT = 2.0**-53
 CLAIM = "the deformed network computes the same outputs"
-FORMS = {
-    Size.SMALL: [("output", "symmetric")],
-    Size.DEFAULT: [("output", "symmetric"), ("input", "rotated")],
-    Size.FULL: [(s, b) for s in ("output", "input") for b in ("symmetric", "rotated", "axis")],
-}
 
 
 def certify(key: PRNGKeyArray, size: Size) -> Certificates:
     """Certify C Wt = W over the rationals, (*) on random directions, and networks as released."""
     found = [*_rational(key, size), *_defect(key, size), _single_precision(key)]
     for instance in networks(size, key):
-        for side, basis in FORMS[size]:
+        for side, basis in forms(size):
             spec = sd.SpecDef(alpha=ALPHA, k=2, side=side, basis=basis)
             where = instance.network.kernels[1:3] if side == "output" else instance.where
             plan = sd.plan(instance.params, spec, where=where, key=key)

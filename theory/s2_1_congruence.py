@@ -46,7 +46,7 @@ import specdef_jax as sd
 from specdef_jax import bounds
 from specdef_jax.parametrization import Deformed, loss_on
 from specdef_jax.spec import Plan
-from theory.assumptions import require_alpha, require_invariance, require_smooth
+from theory.assumptions import require_congruence
 from theory.certificate import (
     Certificate,
     Certificates,
@@ -57,6 +57,7 @@ from theory.certificate import (
     under_assumptions,
 )
 from theory.draws import over_draws
+from theory.forms import forms, planned
 from theory.hessians import curvature_of, eigenvalues, linear_matrix, rounding
 from theory.instances.matrices import orthonormal
 from theory.instances.networks import Instance, mlp_instance, networks, transformer_instance
@@ -64,21 +65,14 @@ from theory.sizes import Size
 
 ALPHA = 7.0  # no power of two: both sides round
 CLAIM = "H_a = phi^-T H_1 phi^-1"
-FORMS = {
-    Size.SMALL: [("output", "symmetric")],
-    Size.DEFAULT: [("output", "symmetric"), ("input", "rotated")],
-    Size.FULL: [(s, b) for s in ("output", "input") for b in ("symmetric", "rotated", "axis")],
-}
 
 
 def certify(key: PRNGKeyArray, size: Size) -> Certificates:
     """Certify congruence on networks, gauge included, Ostrowski's interval on random matrices."""
     found: list[Certificate] = []
     for instance in networks(size, key):
-        for side, basis in FORMS[size]:
-            spec = sd.SpecDef(alpha=ALPHA, k=2, side=side, basis=basis)
-            plan = sd.plan(instance.params, spec, where=instance.where, key=key)
-            name = f"{instance.name}, {side} side, {basis}"
+        for form in forms(size):
+            plan, name = planned(instance, ALPHA, form, key)
             found += on_network(instance.loss, instance.params, plan, *instance.args, name=name, key=key)
     found += _two_layers(mlp_instance(key), key)
     found += _gauge(transformer_instance(key), key)
@@ -102,11 +96,7 @@ def on_network(
     """
 
     def evaluate() -> list[Certificate]:
-        require_alpha(*(float(layer.alpha) for _, layer in plan.items()))
-        inserted = sd.apply_plan(params, plan.with_alpha(1.0))
-        as_partial = loss_on(loss, inserted, *args)
-        require_invariance(as_partial, lambda t: bounds.phi(t, plan), inserted, *args, key=key)
-        require_smooth(as_partial, inserted, *args)
+        as_partial, inserted = require_congruence(loss, params, plan, *args, key=key)
         phi_inverse = linear_matrix(lambda t: bounds.phi_inverse(t, plan), inserted)
         deformed = sd.apply_plan(params, plan)
         factor = float(bounds.condition(plan))

@@ -55,10 +55,9 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import specdef_jax as sd
 from specdef_jax import bounds
-from specdef_jax.parametrization import loss_on
 from specdef_jax.spec import Plan
 from specdef_jax.words import Word
-from theory.assumptions import require_alpha, require_invariance, require_smooth
+from theory.assumptions import require_alpha, require_congruence
 from theory.block_growth import falsified, random_blocks, tight_blocks
 from theory.certificate import (
     Certificate,
@@ -73,6 +72,7 @@ from theory.certificate import (
 )
 from theory.compensation import INDEPENDENT, block_by_formula, fast_directions, require_independent_input
 from theory.fits import exponent
+from theory.forms import alternating
 from theory.hessians import curvature_of, linear_matrix, rounding
 from theory.instances.layers import OpenLayer, opened, twice
 from theory.instances.matrices import FAMILIES, families, graded
@@ -91,7 +91,7 @@ def certify(key: PRNGKeyArray, size: Size) -> Certificates:
     layers = [opened(instance) for instance in networks(size, key)]
     found: list[Certificate] = []
     for layer in layers:
-        for side, basis in _forms(size, layer is layers[0]):
+        for side, basis in alternating(size, layer is layers[0]):
             spec = sd.SpecDef(alpha=ALPHA, k=2, side=side, basis=basis)
             found += _on_both(layer, spec, f"{layer.name}, {side} side, {basis}", key)
     found += _graded(layers[0], key)
@@ -105,12 +105,6 @@ def certify(key: PRNGKeyArray, size: Size) -> Certificates:
     found.append(falsified(key, size))
     found += _outside(layers[0], key)
     return tuple(found)
-
-
-def _forms(size: Size, first: bool) -> list[tuple[Any, Any]]:
-    if size is Size.FULL:
-        return [(s, b) for s in ("output", "input") for b in ("symmetric", "rotated", "axis")]
-    return [("output", "symmetric") if first else ("input", "rotated")]
 
 
 def on_network(
@@ -128,11 +122,7 @@ def on_network(
     """
 
     def evaluate() -> list[Certificate]:
-        require_alpha(*(float(layer.alpha) for _, layer in plan.items()))
-        inserted = sd.apply_plan(params, plan.with_alpha(1.0))
-        as_partial = loss_on(loss, inserted, *args)
-        require_invariance(as_partial, lambda t: bounds.phi(t, plan), inserted, *args, key=key)
-        require_smooth(as_partial, inserted, *args)
+        require_congruence(loss, params, plan, *args, key=key)
         task = bounds.fast_subspace(loss, params, plan, *args)
         K = _hessian(task.loss, task.params, *args)
         H_1, H_a, F = _dense(loss, params, plan, *args)

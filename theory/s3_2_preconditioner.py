@@ -60,6 +60,7 @@ from theory.certificate import (
     refuted,
     under_assumptions,
 )
+from theory.forms import alternating, planned
 from theory.hessians import linear_matrix
 from theory.instances.networks import Instance, networks
 from theory.paired_runs import CLIPPED, DIFFERENT, EQUAL, Optimizer, compare, per_entry
@@ -76,10 +77,8 @@ def certify(key: PRNGKeyArray, size: Size) -> Certificates:
     found: list[Certificate] = []
     instances = networks(size, key)
     for instance in instances:
-        for side, basis in _forms(size, instance is instances[0]):
-            spec = sd.SpecDef(alpha=ALPHA, k=2, side=side, basis=basis)
-            plan = sd.plan(instance.params, spec, where=instance.where, key=key)
-            name = f"{instance.name}, {side} side, {basis}"
+        for form in alternating(size, instance is instances[0]):
+            plan, name = planned(instance, ALPHA, form, key)
             found += on_network(instance.loss, instance.params, plan, *instance.args, name=name, key=key)
     first = instances[0]
     if size is not Size.SMALL:
@@ -88,12 +87,6 @@ def certify(key: PRNGKeyArray, size: Size) -> Certificates:
             first.loss, first.params, _two_layers(first, key), *first.args, name=name, key=key
         )
     return (*found, *_negative(first, key))
-
-
-def _forms(size: Size, first: bool) -> list[tuple[Any, Any]]:
-    if size is Size.FULL:
-        return [(s, b) for s in ("output", "input") for b in ("symmetric", "rotated", "axis")]
-    return [("output", "symmetric") if first else ("input", "rotated")]
 
 
 def on_network(

@@ -62,6 +62,7 @@ from theory.certificate import (
 )
 from theory.draws import over_draws
 from theory.falsifier import falsify
+from theory.forms import USUAL, forms, planned
 from theory.hessians import curvature_of, linear_matrix, rounding, sigma_1
 from theory.instances.matrices import graded, orthonormal
 from theory.instances.networks import Instance, mlp_instance, networks
@@ -71,21 +72,14 @@ from theory.trajectories import plain, trajectory
 ALPHA = 48.0
 STEPS = 60
 CLAIM = "sigma_1(H_frozen) <= sigma_1(H)"
-FORMS = {
-    Size.SMALL: [("output", "symmetric")],
-    Size.DEFAULT: [("output", "symmetric")],
-    Size.FULL: [(s, b) for s in ("output", "input") for b in ("symmetric", "rotated", "axis")],
-}
 
 
 def certify(key: PRNGKeyArray, size: Size) -> Certificates:
     """Certify contraction and trajectories on networks, the inequality on random matrices."""
     found: list[Certificate] = []
     for instance in networks(size, key):
-        for side, basis in FORMS[size]:
-            spec = sd.SpecDef(alpha=ALPHA, k=2, side=side, basis=basis)
-            plan = sd.plan(instance.params, spec, where=instance.where, key=key)
-            name = f"{instance.name}, {side} side, {basis}"
+        for form in forms(size, [USUAL]):
+            plan, name = planned(instance, ALPHA, form, key)
             found += on_network(instance.loss, instance.params, plan, *instance.args, name=name)
     instance = mlp_instance(key)
     found += _whole_layer(instance, key)

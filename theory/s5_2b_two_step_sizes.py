@@ -71,6 +71,7 @@ from theory.certificate import (
 )
 from theory.draws import over_draws
 from theory.falsifier import falsify
+from theory.forms import USUAL, forms, planned
 from theory.hessians import curvature_of, linear_matrix, rounding, sigma_1
 from theory.instances.matrices import graded, orthonormal, rank_deficient
 from theory.instances.networks import mlp_instance, networks
@@ -79,21 +80,14 @@ from theory.sizes import Size
 ALPHA = 48.0
 REST, D, K = 2, 2, 1  # of the random matrices M (rest, d)
 CLAIM = "sigma_1(P^1/2 H_a P^1/2) <= sigma_1(H_1)"
-FORMS = {
-    Size.SMALL: [("output", "symmetric")],
-    Size.DEFAULT: [("output", "symmetric")],
-    Size.FULL: [(s, b) for s in ("output", "input") for b in ("symmetric", "rotated", "axis")],
-}
 
 
 def certify(key: PRNGKeyArray, size: Size) -> Certificates:
     """Certify curvature and speeds on networks and random matrices, and compare runs with freezing."""
     found: list[Certificate] = []
     for instance in networks(size, key):
-        for side, basis in FORMS[size]:
-            spec = sd.SpecDef(alpha=ALPHA, k=2, side=side, basis=basis)
-            plan = sd.plan(instance.params, spec, where=instance.where, key=key)
-            name = f"{instance.name}, {side} side, {basis}"
+        for form in forms(size, [USUAL]):
+            plan, name = planned(instance, ALPHA, form, key)
             found += on_network(instance.loss, instance.params, plan, *instance.args, name=name)
     found += _curvature(key, size)
     found += _speeds(key, size)

@@ -18,6 +18,7 @@ import tyro
 from specdef_jax import hub
 from specdef_jax.cli.console import Report, reporting, show_table
 from specdef_jax.errors import SelectionError, SpecError, StructureError
+from specdef_jax.hub.safetensors_file import COMP
 from specdef_jax.layout import axes_of
 from specdef_jax.parametrization import Deformed, KernelAxes, is_structured
 from specdef_jax.select import Candidate
@@ -156,7 +157,7 @@ def _chosen(entries: list[_Entry], globs: tuple[str, ...]) -> list[_Entry]:
 
 def _spectrum(entry: _Entry, key: jax.Array) -> hub.Spectrum:
     """Return the spectrum of a kernel, none for what is not one."""
-    compensation = entry.name.endswith(".comp")
+    compensation = entry.name.endswith(COMP)
     if len(entry.shape) < 2 or compensation or not jnp.issubdtype(entry.dtype, jnp.floating):
         return hub.Spectrum()
     try:

@@ -48,6 +48,11 @@ class AttentionPair:
     groups: int
     heads: int
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the pair: first, second, and the bias if there is one."""
+        return (self.first, self.second, *([self.bias] if self.bias else []))
+
 
 def find_pairs(shards: Shards) -> dict[str, tuple[str, str]]:
     """Return value projection -> (output projection, prefix of their block) for every attention."""

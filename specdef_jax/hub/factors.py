@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from specdef_jax.hub.measuring import matrices
 from specdef_jax.pair import Basis, compensation, deformed_weight, frame_of
 from specdef_jax.parametrization import KernelAxes, Side
 from specdef_jax.spec import Layer
@@ -31,7 +30,7 @@ def build_stored(array: np.ndarray, layer: Layer, dtype: np.dtype) -> tuple[np.n
     side, axes, k = layer.side, layer.axes, layer.U.shape[-1]
     stack = layer.U.shape[:-2]
     weight = np.empty(array.shape, dtype)
-    source, target = (matrices(x, axes, side) for x in (array, weight))
+    source, target = (axes.to_stack(x, side) for x in (array, weight))
     in_place = np.shares_memory(target, weight)
     comps = []
     for i, U in enumerate(layer.U.reshape(-1, *layer.U.shape[-2:])):
@@ -82,7 +81,7 @@ def fuse_stored(
       dtype: of the result.
     """
     fused = np.empty(weight.shape, dtype)
-    source, target = (matrices(x, axes, side) for x in (weight, fused))
+    source, target = (axes.to_stack(x, side) for x in (weight, fused))
     in_place = np.shares_memory(target, fused)
     for deformed, out, c in zip(source, target, comp.reshape(-1, *comp.shape[-2:]), strict=True):
         right = (c if side == "output" else c.T).astype(np.float64)

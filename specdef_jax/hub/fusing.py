@@ -17,7 +17,7 @@ import numpy as np
 from specdef_jax.errors import FileError
 from specdef_jax.gauge import balance
 from specdef_jax.hub.attention import AttentionPair, find_pairs, pair_at
-from specdef_jax.hub.deforming import VERSION, config_text, fingerprint
+from specdef_jax.hub.deforming import config_text, fingerprint
 from specdef_jax.hub.factors import fuse_stored
 from specdef_jax.hub.gauging import matrices_of
 from specdef_jax.hub.insertion import CLASS, MODEL_TYPE
@@ -86,7 +86,7 @@ def fuse_directory(
         groups,
         texts={CONFIG: text},
         finish=lambda partial, files: {},
-        key=fingerprint(shards, ["fuse", VERSION]),
+        key=fingerprint(shards, ["fuse"]),
         headers={s.name: {k: v for k, v in s.metadata.items() if k != RECORD} for s in shards.shards},
         dropped=frozenset(name + COMP for name in records),
         workers=workers or default_workers(),
@@ -150,7 +150,7 @@ def _multiplied(shards: Shards, name: str, entry: dict[str, Any], dtype: np.dtyp
 
 
 def _balanced(shards: Shards, pair: AttentionPair) -> Group:
-    names = [pair.first, pair.second, *([pair.bias] if pair.bias else [])]
+    names = pair.names
     infos = [shards.info(name) for name in names]
 
     def make() -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from specdef_jax.hub.attention import AttentionPair, find_pairs, pair_at
 from specdef_jax.hub.insertion import MEASURING
 from specdef_jax.hub.manifest import StoredLayer
 from specdef_jax.hub.measuring import is_exact_gauge, measure_gauge
-from specdef_jax.hub.placing import Placed, leading
+from specdef_jax.hub.placing import Placed, leading, statuses
 from specdef_jax.hub.planning import meets
 from specdef_jax.hub.rewrite import Group
 from specdef_jax.hub.shards import Shards
@@ -26,7 +27,6 @@ from specdef_jax.parametrization import KernelAxes
 from specdef_jax.precision import as_format
 from specdef_jax.preservation import LayerPreservation
 from specdef_jax.spec import SpecDef
-from specdef_jax.subspace_result import Status
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def place(
     chosen = _choose(shards, selector, choose_key)
     pairs = [pair_at(shards, first) for first in chosen]
     for pair in pairs:
-        for name in (pair.first, pair.second, *([pair.bias] if pair.bias else [])):
+        for name in pair.names:
             check_dtype(name, shards.info(name).dtype)
     keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(chosen)}
     planned = in_order(
@@ -81,9 +81,19 @@ def place(
 
 def matrices_of(shards: Shards, pair: AttentionPair) -> tuple[np.ndarray, np.ndarray]:
     """Return (in, groups * d), the bias a last row, and (heads * d, out)."""
-    first, second = shards.read(pair.first).T, shards.read(pair.second).T
-    if pair.bias is not None:
-        first = np.concatenate([first, shards.read(pair.bias).astype(first.dtype)[None]])
+    return _joined(*_read(shards, pair))
+
+
+def _read(shards: Shards, pair: AttentionPair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return both kernels as (in, out), and the bias."""
+    bias = None if pair.bias is None else shards.read(pair.bias)
+    return shards.read(pair.first).T, shards.read(pair.second).T, bias
+
+
+def _joined(first: Any, second: Any, bias: Any) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(first), np.asarray(second)
+    if bias is not None:
+        first = np.concatenate([first, np.asarray(bias).astype(first.dtype)[None]])
     return first, second
 
 
@@ -123,9 +133,9 @@ def _choose(shards: Shards, selector: select.Selector | None, key: PRNGKeyArray)
 
 def _plan(shards: Shards, pair: AttentionPair, spec: SpecDef, key: PRNGKeyArray) -> _Planned:
     """Find the directions of each group, and refuse what the dtype cannot carry."""
-    plain = matrices_of(shards, pair)
-    made = _deform(shards, pair, spec, key)
-    stored = _stored(made)
+    tensors = _read(shards, pair)
+    made = _deform(*tensors, pair, spec, key)
+    plain, stored = _joined(*tensors), _joined(made.first, made.second, made.bias)
     measured, exact = measure_pair(plain, stored, pair, key)
     if not meets(measured, exact, spec.budget):
         raise BudgetError(
@@ -133,36 +143,33 @@ def _plan(shards: Shards, pair: AttentionPair, spec: SpecDef, key: PRNGKeyArray)
             f"beyond the budget of {spec.budget:g}. A stock checkpoint keeps its dtype: use the axis basis "
             "with a power of two, which is exact, a smaller alpha, a larger budget, or placement insert."
         )
-    status = ", ".join(sorted({Status(int(v)).name.lower() for v in np.ravel(made.layer.status)}))
-    return _Planned(pair, status)
+    return _Planned(pair, statuses(made.layer))
 
 
-def _deform(shards: Shards, pair: AttentionPair, spec: SpecDef, key: PRNGKeyArray) -> GaugePair:
-    first, second = (jnp.asarray(shards.read(name).T) for name in (pair.first, pair.second))
-    bias = None if pair.bias is None else jnp.asarray(shards.read(pair.bias))
+def _deform(
+    first: np.ndarray,
+    second: np.ndarray,
+    bias: np.ndarray | None,
+    pair: AttentionPair,
+    spec: SpecDef,
+    key: PRNGKeyArray,
+) -> GaugePair:
+    kernels = jnp.asarray(first), jnp.asarray(second)
+    added = None if bias is None else jnp.asarray(bias)
     unlimited = replace(spec, budget=float("inf"))
-    return deform_pair(first, second, unlimited, key=key, bias=bias, groups=pair.groups)
-
-
-def _stored(made: GaugePair) -> tuple[np.ndarray, np.ndarray]:
-    first, second = np.asarray(made.first), np.asarray(made.second)
-    if made.bias is not None:
-        first = np.concatenate([first, np.asarray(made.bias).astype(first.dtype)[None]])
-    return first, second
+    return deform_pair(*kernels, unlimited, key=key, bias=added, groups=pair.groups)
 
 
 def _group(shards: Shards, p: _Planned, spec: SpecDef, key: PRNGKeyArray) -> Group:
-    names = [p.pair.first, p.pair.second, *([p.pair.bias] if p.pair.bias else [])]
-
     def make() -> dict[str, np.ndarray]:
         with jax.enable_x64(True):
-            made = _deform(shards, p.pair, spec, key)
+            made = _deform(*_read(shards, p.pair), p.pair, spec, key)
         arrays = [np.asarray(made.first).T, np.asarray(made.second).T]
         if made.bias is not None:
             arrays.append(np.asarray(made.bias))
-        return dict(zip(names, arrays, strict=True))
+        return dict(zip(p.pair.names, arrays, strict=True))
 
-    return Group({n: (shards.info(n).dtype, shards.info(n).shape) for n in names}, {}, make)
+    return Group({n: (shards.info(n).dtype, shards.info(n).shape) for n in p.pair.names}, {}, make)
 
 
 def _measured(shards: Shards, written: Shards, p: _Planned, spec: SpecDef, key: PRNGKeyArray) -> StoredLayer:

@@ -6,9 +6,7 @@ with a warning, ignores the compensations, and computes garbage.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -20,9 +18,9 @@ from specdef_jax.hub.factors import build_stored
 from specdef_jax.hub.manifest import StoredLayer
 from specdef_jax.hub.measuring import is_exact_insert, measure_insert
 from specdef_jax.hub.naming import Layout
-from specdef_jax.hub.placing import Placed, leading
+from specdef_jax.hub.placing import Placed, leading, statuses
 from specdef_jax.hub.planning import PlannedTensor, meets, plan_tensor
-from specdef_jax.hub.record import FORMAT
+from specdef_jax.hub.record import entry_of, record_text
 from specdef_jax.hub.rewrite import Group
 from specdef_jax.hub.safetensors_file import COMP, RECORD
 from specdef_jax.hub.shards import Shards
@@ -31,7 +29,6 @@ from specdef_jax.hub.working import Step, in_order
 from specdef_jax.precision import as_format
 from specdef_jax.preservation import LayerPreservation
 from specdef_jax.spec import SpecDef
-from specdef_jax.subspace_result import Status
 
 MODEL_TYPE = "specdef-"
 CLASS = "SpecDef"
@@ -116,17 +113,15 @@ def measure_stored(p: PlannedTensor, written: Shards, budget: float, key: PRNGKe
             f"budget of {budget:g}; ask for a smaller alpha, another basis, or a larger budget."
         )
     k = layer.U.shape[-1]
-    statuses = {Status(int(value)) for value in np.ravel(layer.status)}
-    details = {"basis": layer.basis, "alpha": float(layer.alpha), "k": k}
     return StoredLayer(
-        entry={"side": layer.side, "axes": layer.axes, **details},
+        entry=entry_of(layer),
         source_dtype=str(plain.dtype),
         dtype=str(p.dtype),
         sigma_before=leading(plain, layer.axes, k, key, layer.side),
         sigma_after=leading(weight, layer.axes, k, key, layer.side),
         exact=exact,
         measured=measured,
-        status=", ".join(sorted(status.name.lower() for status in statuses)),
+        status=statuses(layer),
     )
 
 
@@ -149,7 +144,7 @@ def measure_pair(
 def _group(p: PlannedTensor) -> Group:
     name, layer = p.tensor.name, p.layer
     d, stack = layer.U.shape[-2], layer.U.shape[:-2]
-    leader = p.tensor.parts[0] if p.tensor.parts else name
+    leader = _leader(p.tensor)
 
     def make() -> dict[str, np.ndarray]:
         with jax.enable_x64(True):
@@ -167,16 +162,12 @@ def _headers(shards: Shards, planned: Sequence[PlannedTensor]) -> dict[str, dict
     """Return the metadata of each shard that holds a pair, by which the file is readable alone."""
     records: dict[str, dict[str, Any]] = {}
     for p in planned:
-        shard = shards.shard_of(p.tensor.parts[0] if p.tensor.parts else p.tensor.name).name
-        records.setdefault(shard, {})[p.tensor.name] = {
-            "side": p.layer.side,
-            "axes": asdict(p.layer.axes),
-            "basis": p.layer.basis,
-            "alpha": float(p.layer.alpha),
-            "k": p.layer.U.shape[-1],
-        }
+        shard = shards.shard_of(_leader(p.tensor)).name
+        records.setdefault(shard, {})[p.tensor.name] = entry_of(p.layer)
     metadata = {shard.name: shard.metadata for shard in shards.shards}
-    return {
-        shard: metadata[shard] | {RECORD: json.dumps({"format": FORMAT, "tensors": entries}, allow_nan=False)}
-        for shard, entries in records.items()
-    }
+    return {shard: metadata[shard] | {RECORD: record_text(entries)} for shard, entries in records.items()}
+
+
+def _leader(tensor: Tensor) -> str:
+    """Return the stored tensor in whose place the pair goes."""
+    return tensor.parts[0] if tensor.parts else tensor.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +10,11 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from specdef_jax.parametrization import KernelAxes, Side
-from specdef_jax.precision import Format
-from specdef_jax.preservation import LayerPreservation, certify_matrix
+from specdef_jax.precision import Format, frobenius, in_rows
+from specdef_jax.preservation import LayerPreservation, certify_matrix, certify_stack
 from specdef_jax.words import Word
 
 PROBES = 16
-_PART = 1 << 23  # entries in float64 at a time
-
-
-def matrices(array: np.ndarray, axes: KernelAxes, side: Side) -> np.ndarray:
-    """Return a kernel as (stack, rest, d), a view where its layout allows it."""
-    found = axes.to_matrix(array, side)
-    return found.reshape(-1, *found.shape[-2:])
-
-
-def norm(matrix: np.ndarray) -> float:
-    """Return the Frobenius norm in float64."""
-    return float(np.sqrt(sum(np.vdot(x, x) for (x,) in _parts(matrix))))
 
 
 def measure_insert(
@@ -51,15 +39,7 @@ def measure_insert(
       form: number format of storage and products.
       key: for the inputs.
     """
-    stacks = (matrices(x, axes, side) for x in (plain, weight))
-    results = []
-    for i, (w, deformed, c) in enumerate(zip(*stacks, comp.reshape(-1, *comp.shape[-2:]), strict=True)):
-        growth = norm(deformed) / (norm(w) or 1.0)
-        first, second = deformed, c
-        if side == "input":
-            first, second, w = c, deformed.T, w.T
-        results.append(certify_matrix(name, _probes(key, i, len(w)), first, second, w, growth, form))
-    return _worst(results)
+    return _worst(certify_stack(name, plain, weight, comp, axes, side, form, PROBES, key))
 
 
 def measure_gauge(
@@ -82,8 +62,8 @@ def measure_gauge(
     """
     results = []
     for i in range(groups):
-        (V, W), (first, second) = (_group(*pair, i, groups) for pair in (plain, stored))
-        growth = norm(first) / (norm(V) or 1.0)
+        (V, W), (first, second) = (group_of(*pair, i, groups) for pair in (plain, stored))
+        growth = frobenius(first) / (frobenius(V) or 1.0)
         results.append(certify_matrix(name, _probes(key, i, len(V)), first, second, (V, W), growth, form))
     return _worst(results)
 
@@ -96,8 +76,8 @@ def is_exact_insert(
     if np.count_nonzero(comp) != np.count_nonzero(diagonal):
         return False
     scales = diagonal.reshape(-1, diagonal.shape[-1]).astype(np.float64)
-    pairs = zip(*(matrices(x, axes, side) for x in (plain, weight)), scales, strict=True)
-    return all(np.array_equal(a, b * s) for w, deformed, s in pairs for a, b in _parts(w, deformed))
+    pairs = zip(*(axes.to_stack(x, side) for x in (plain, weight)), scales, strict=True)
+    return all(np.array_equal(a, b * s) for w, deformed, s in pairs for a, b in in_rows(w, deformed))
 
 
 def is_exact_gauge(
@@ -105,7 +85,7 @@ def is_exact_gauge(
 ) -> bool:
     """Tell whether the stored maps are the plain ones with features scaled by powers of two, to the bit."""
     for i in range(groups):
-        (V, W), (first, second) = (_group(*pair, i, groups) for pair in (plain, stored))
+        (V, W), (first, second) = (group_of(*pair, i, groups) for pair in (plain, stored))
         V, W, first, second = (x.astype(np.float64) for x in (V, W, first, second))
         scales = np.where(np.any(V != 0, axis=0), _ratio(first, V), _ratio(W.T, second.T))
         if not (np.frexp(scales)[0] == 0.5).all():  # positive powers of two, and nothing else
@@ -115,8 +95,8 @@ def is_exact_gauge(
     return True
 
 
-def _group(V: np.ndarray, W: np.ndarray, i: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return what group i computes: (in, d), and (d, r * out) for the r heads that read it."""
+def group_of(V: np.ndarray, W: np.ndarray, i: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what group i of heads computes: (in, d), and (d, r * out) for the r heads that read it."""
     d = V.shape[1] // groups
     heads = W.reshape(groups, -1, d, W.shape[1])[i]
     return V[:, i * d : (i + 1) * d], np.moveaxis(heads, 0, 1).reshape(d, -1)
@@ -131,13 +111,6 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _probes(key: PRNGKeyArray, i: int, n: int) -> jax.Array:
     return jax.random.normal(jax.random.fold_in(key, i), (PROBES, n), jnp.float32)
-
-
-def _parts(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield the same few rows of each array in float64."""
-    step = max(1, _PART // max(int(np.prod(arrays[0].shape[1:])), 1))
-    for start in range(0, len(arrays[0]), step):
-        yield tuple(x[start : start + step].astype(np.float64) for x in arrays)
 
 
 def _worst(results: Iterable[LayerPreservation]) -> LayerPreservation:

@@ -26,7 +26,7 @@ from specdef_jax.hub.record import (
     to_deformed,
     warn_unrecorded,
 )
-from specdef_jax.trees import path_name
+from specdef_jax.trees import check_same_structure, path_name
 
 SIDECAR = "specdef.json"
 
@@ -114,10 +114,25 @@ def restore_orbax(path: Path, like: PyTree) -> PyTree:
         placed = ocp.checkpoint_utils.construct_restore_args(wanted)
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                # Before anything is read: Orbax leaves the reads under way behind when one of them fails.
+                check_same_structure(_stored_structs(checkpointer, path), wanted, "the tree asked for")
                 args = ocp.args.PyTreeRestore(item=wanted, restore_args=placed)
                 return checkpointer.restore(path.absolute(), args=args)
         except Exception as error:  # Orbax and its store have no common base for their errors
             raise _unrestorable(path, error) from error
+
+
+def _stored_structs(checkpointer: Any, path: Path) -> PyTree:
+    """Return the shapes of a checkpoint's leaves, as its metadata tell them; the dtype is no part of it."""
+    found = _metadata(checkpointer, path).tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), found)
+
+
+def _metadata(checkpointer: Any, path: Path) -> Any:
+    found = checkpointer.metadata(path.absolute()).item_metadata
+    if found is None:
+        raise ValueError("the metadata or the store is damaged")
+    return found
 
 
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -141,9 +156,7 @@ def _restore(path: Path) -> tuple[PyTree, dict[str, Any]]:
 
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = checkpointer.metadata(path.absolute()).item_metadata
-            if found is None:
-                raise ValueError("the metadata or the store is damaged")
+            found = _metadata(checkpointer, path)
             args = jax.tree.map(on_host, found.tree, is_leaf=lambda leaf: leaf is None)
             tree = checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=args))
     except Exception as error:  # Orbax and its store have no common base for their errors

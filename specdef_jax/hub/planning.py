@@ -11,11 +11,11 @@ from jaxtyping import PRNGKeyArray
 
 from specdef_jax.errors import BudgetError
 from specdef_jax.hub.factors import build_stored
-from specdef_jax.hub.measuring import is_exact_insert, measure_insert, norm
+from specdef_jax.hub.measuring import is_exact_insert, measure_insert
 from specdef_jax.hub.naming import literal
 from specdef_jax.hub.tensors import Tensor
 from specdef_jax.parametrization import KernelAxes
-from specdef_jax.precision import as_format, norm_growth, rule_of_thumb, unit_roundoff
+from specdef_jax.precision import as_format, frobenius, norm_growth, rule_of_thumb, unit_roundoff
 from specdef_jax.preservation import LayerPreservation
 from specdef_jax.spec import Layer, SpecDef
 from specdef_jax.specdef import plan
@@ -69,7 +69,7 @@ def dtypes_for(source: np.dtype) -> tuple[np.dtype, ...]:
 def _narrowest(tensor: Tensor, array: np.ndarray, layer: Layer, spec: SpecDef, key: PRNGKeyArray) -> np.dtype:
     if math.isinf(spec.budget):
         return tensor.dtype
-    total = norm(array)
+    total = frobenius(array)
     energy = float(np.linalg.norm(np.asarray(layer.singular_values, float))) / total if total else 0.0
     growth = norm_growth(max(spec.alpha, 1 / spec.alpha), min(energy, 1.0))
     error = math.inf
@@ -97,4 +97,4 @@ def _narrowest(tensor: Tensor, array: np.ndarray, layer: Layer, spec: SpecDef, k
 
 def _in_range(array: np.ndarray, spec: SpecDef, dtype: np.dtype) -> bool:
     """Tell whether no entry of the deformed kernel can overflow: |T| <= alpha, so |M T| <= alpha ||M||."""
-    return spec.alpha * norm(array) < float(ml_dtypes.finfo(dtype).max)
+    return spec.alpha * frobenius(array) < float(ml_dtypes.finfo(dtype).max)

@@ -24,7 +24,7 @@ from jaxtyping import PyTree
 
 from specdef_jax.errors import FileError, SpecError
 from specdef_jax.parametrization import Deformed, KernelAxes, Side, is_structured
-from specdef_jax.spec import Plan
+from specdef_jax.spec import Layer, Plan
 from specdef_jax.trees import named_leaves
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,16 @@ class Checkpoint:
 
 def details_of(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return what a Plan knows about each kernel and a file should record."""
-    return {
-        name: {"basis": layer.basis, "alpha": float(layer.alpha), "k": int(layer.U.shape[-1])}
-        for name, layer in plan.items()
-    }
+    return {name: _details(layer) for name, layer in plan.items()}
+
+
+def entry_of(layer: Layer) -> dict[str, Any]:
+    """Return the record of one kernel, as load_entry gives it."""
+    return {"side": layer.side, "axes": layer.axes, **_details(layer)}
+
+
+def _details(layer: Layer) -> dict[str, Any]:
+    return {"basis": layer.basis, "alpha": float(layer.alpha), "k": int(layer.U.shape[-1])}
 
 
 def dump_record(params: PyTree, details: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -65,10 +71,16 @@ def dump_record(params: PyTree, details: Mapping[str, Mapping[str, Any]]) -> str
     tensors = {}
     for name, leaf in named_leaves(params, is_leaf=is_structured):
         if isinstance(leaf, Deformed):
-            tensors[name] = {"side": leaf.side, "axes": asdict(leaf.axes), **details.get(name, {})}
+            tensors[name] = {"side": leaf.side, "axes": leaf.axes, **details.get(name, {})}
         elif is_structured(leaf):
             raise FileError(f"'{name}' is a {type(leaf).__name__}, which no file can hold; merge it first.")
-    return json.dumps({"format": FORMAT, "tensors": tensors}, allow_nan=False) if tensors else None
+    return record_text(tensors) if tensors else None
+
+
+def record_text(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the record of some kernels."""
+    tensors = {name: {**entry, "axes": asdict(entry["axes"])} for name, entry in entries.items()}
+    return json.dumps({"format": FORMAT, "tensors": tensors}, allow_nan=False)
 
 
 def load_record(text: str, source: str) -> dict[str, dict[str, Any]]:

@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from specdef_jax.errors import FileError, SpecDefError
 from specdef_jax.files import atomic_write_text, exists_already, explained, flush, unreadable
 from specdef_jax.hub.copying import PART, HashedFile, parts_of
-from specdef_jax.hub.safetensors_header import NAMES
+from specdef_jax.hub.safetensors_header import bytes_of, header_of
 from specdef_jax.hub.shards import Shard, Shards
 
 JOURNAL = ".specdef-journal.json"
@@ -185,16 +184,9 @@ def _plan(
         else (shard.tensors[name].dtype, shard.tensors[name].shape)
         for name in order
     }
-    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, (dtype, shape) in stored.items():
-        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header, size = header_of(stored, metadata)
     found = {name: owner[name] for name in order if name in owner}
-    return _ShardPlan(header, tuple(order), stored, found, len(header) + end)
+    return _ShardPlan(header, tuple(order), stored, found, len(header) + size)
 
 
 def _write_shard(
@@ -232,18 +224,12 @@ def _write_shard(
             array = started(group).result()[name]
             if (array.dtype, array.shape) != plan.stored[name]:
                 raise FileError(f"'{name}' was computed as {array.dtype}{array.shape}, not as announced.")
-            for part in _parts(array):
+            for part in bytes_of(array, PART):
                 file.write(part)
             left[id(group)] -= 1
             if not left[id(group)]:
                 del ahead[id(group)]
         return Written(file.digest(), file.size)
-
-
-def _parts(array: np.ndarray) -> Iterator[memoryview]:
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    for start in range(0, flat.size, PART):
-        yield flat[start : start + PART].data
 
 
 def _copy(source: Path, target: Path, tell: Callable[[int], None]) -> Written:

@@ -6,7 +6,6 @@ touched is written back byte by byte. The names are those of the file, dots and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from specdef_jax.hub.record import (
     to_deformed,
     warn_unrecorded,
 )
-from specdef_jax.hub.safetensors_header import NAMES, read_header
+from specdef_jax.hub.safetensors_header import NAMES, bytes_of, header_of, read_header
 from specdef_jax.parametrization import Deformed, is_structured
 from specdef_jax.trees import named_leaves
 
@@ -95,7 +94,7 @@ def write_safetensors(
         tensors[name] = leaf
     record = dump_record(params, details or {})
     texts = dict(metadata or {}) | ({} if record is None else {RECORD: record})
-    header, total = _header(tensors, texts)
+    header, total = header_of({n: (np.dtype(x.dtype), x.shape) for n, x in tensors.items()}, texts)
     tell = progress or (lambda done, total: None)
 
     def write(temporary: Path) -> None:
@@ -103,7 +102,7 @@ def write_safetensors(
         with temporary.open("xb") as file:
             file.write(header)
             for leaf in tensors.values():
-                for part in _bytes(leaf):
+                for part in bytes_of(leaf, _CHUNK):
                     file.write(part)
                     done += len(part)
                     tell(done, total)
@@ -118,22 +117,3 @@ def _stored(params: PyTree) -> Iterator[tuple[str, Any]]:
             yield name + COMP, leaf.comp
         else:
             yield name, leaf
-
-
-def _header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """Return the length, the JSON padded to 8 bytes, and the number of bytes that follow."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, leaf in tensors.items():
-        dtype = np.dtype(leaf.dtype)
-        start, end = end, end + leaf.size * dtype.itemsize
-        entries[name] = {"dtype": NAMES[dtype], "shape": list(leaf.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, end
-
-
-def _bytes(leaf: Any) -> Iterator[memoryview]:
-    flat = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-    for start in range(0, flat.size, _CHUNK):
-        yield flat[start : start + _CHUNK].data

@@ -16,9 +16,10 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import PRNGKeyArray
 
-from specdef_jax.hub.measuring import matrices
+from specdef_jax.hub.measuring import group_of
 from specdef_jax.hub.placing import leading
 from specdef_jax.parametrization import KernelAxes, Side
+from specdef_jax.precision import in_rows
 
 LOOK = 33  # values looked at: the paper deforms 25 directions
 SHOWN = 3
@@ -48,13 +49,13 @@ def spectrum_of(array: np.ndarray, axes: KernelAxes, key: PRNGKeyArray) -> Spect
         return Spectrum(note="empty")
     if not bool(jnp.isfinite(jnp.asarray(array)).all()):
         return Spectrum(note="holds NaN or Inf")
-    shape = matrices(array, axes, "output").shape
+    shape = axes.to_stack(array, "output").shape
     values = leading(array, axes, min(LOOK, *shape[1:]), key)
     floor = float(jnp.finfo(array.dtype).eps) * max(shape[1:]) ** 0.5
     gap, place = _jump(values, floor)
     found = [f"gap {gap:.3g} after {place}"] if gap >= JUMP else []
     for side in get_args(Side):
-        each = (_feature_norms(matrix) for matrix in matrices(array, axes, side))
+        each = (_feature_norms(matrix) for matrix in axes.to_stack(array, side))
         jump, count = max(_jump(sorted(norms.tolist(), reverse=True)[:LOOK], floor) for norms in each)
         if jump >= JUMP:
             found.append(f"{count} {side} feature{'s' * (count > 1)} {jump:.3g} times the others")
@@ -69,16 +70,14 @@ def suspect_gauge(first: np.ndarray, second: np.ndarray, groups: int) -> str:
       second: (heads * d, out).
       groups: number of key-value heads.
     """
-    d, worst = first.shape[1] // groups, 0.0
+    worst = 0.0
     for i in range(groups):
-        V = first[:, i * d : (i + 1) * d].astype(np.float64)
-        heads = second.reshape(groups, -1, d, second.shape[1])[i].astype(np.float64)
-        W = np.moveaxis(heads, 0, 1).reshape(d, -1)
+        V, W = (x.astype(np.float64) for x in group_of(first, second, i, groups))
         if not (np.isfinite(V).all() and np.isfinite(W).all()):
             return ""
         A, B = V.T @ V, W @ W.T
         tiny = 1e-15 * max(float(np.trace(A)), float(np.trace(B)), np.finfo(float).tiny)
-        imbalance = np.sqrt(np.abs(scipy.linalg.eigh(A, B + tiny * np.eye(d), eigvals_only=True)))
+        imbalance = np.sqrt(np.abs(scipy.linalg.eigh(A, B + tiny * np.eye(len(B)), eigvals_only=True)))
         worst = max(worst, _jump(sorted(imbalance.tolist(), reverse=True)[:LOOK], 0.0)[0])
     return f"value and output features out of balance, {worst:.3g} times the others" if worst >= JUMP else ""
 
@@ -91,9 +90,5 @@ def _jump(values: Sequence[float], floor: float) -> tuple[float, int]:
 
 
 def _feature_norms(matrix: np.ndarray) -> np.ndarray:
-    """Return the norm of each column, a few rows at a time."""
-    total = np.zeros(matrix.shape[1])
-    step = max(1, (1 << 23) // max(matrix.shape[1], 1))
-    for start in range(0, len(matrix), step):
-        total += np.square(matrix[start : start + step].astype(np.float64)).sum(axis=0)
-    return np.sqrt(total)
+    """Return the norm of each column."""
+    return np.sqrt(sum((np.square(x).sum(axis=0) for (x,) in in_rows(matrix)), np.zeros(matrix.shape[1])))

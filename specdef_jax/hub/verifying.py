@@ -105,14 +105,14 @@ def verify_directory(
     untouched = sorted(set(tensors) - _touched(original, tensors, manifest, problems))
     problems += _check_names(made, tensors, manifest)
     count = workers or default_workers()
+    compared = [name for name in untouched if name in made]
     same = in_order(
         lambda name: _same(made, original, tensors[name]),
-        [name for name in untouched if name in made],
+        compared,
         lambda name: 0 if not tensors[name].parts else tensors[name].size,
         workers=count,
         told=lambda done: tell("comparing", done, len(untouched)),
     )
-    compared = [name for name in untouched if name in made]
     problems += [f"'{n}' differs from the original" for n, s in zip(compared, same, strict=True) if not s]
     names = [name for name in manifest.layers if name in tensors and name in made]
     # Probes that nobody can know in advance: an error may hide from fixed ones.
@@ -173,8 +173,7 @@ def _touched(
         if name not in tensors:
             problems.append(f"'{name}' of the manifest is not in the original")
         elif manifest.placement == "gauge":
-            pair = pair_at(original, name)
-            found |= {pair.second, *([pair.bias] if pair.bias else [])}
+            found |= set(pair_at(original, name).names)
     return found
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -16,8 +15,8 @@ import specdef_jax as sd
 from specdef_jax import hub
 from specdef_jax.errors import BudgetError, FileError, LeafError, SelectionError, SpecError
 from specdef_jax.hub import planning
+from tests.hub.helpers_checkpoints import DATA, checkpoint, tensors_in
 
-DATA = Path(__file__).parents[1] / "data"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 UNET = "down_blocks.0.attentions.0.transformer_blocks.0"
 WHERE = {
@@ -37,14 +36,6 @@ GAUGED = {
 }
 
 
-def checkpoint(name: str, to: Path) -> Path:
-    to.mkdir(parents=True)
-    for file in (DATA / name).iterdir():
-        if file.name not in ("reference.safetensors", "config.legacy.json"):
-            shutil.copyfile(file, to / file.name)
-    return to
-
-
 def toy(to: Path, dtype: str = "float32", config: dict | None = None, **more: np.ndarray) -> Path:
     rng = np.random.default_rng(0)
     shapes = {"a.weight": (24, 16), "b.weight": (16, 24), "square.weight": (8, 8), "norm.weight": (16,)}
@@ -53,13 +44,6 @@ def toy(to: Path, dtype: str = "float32", config: dict | None = None, **more: np
     safetensors.numpy.save_file(tensors | more, to / "model.safetensors", metadata={"format": "pt"})
     (to / "config.json").write_text(json.dumps({"model_type": "toy"} if config is None else config))
     return to
-
-
-def tensors_in(path: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for file in sorted(path.glob("*.safetensors")):
-        found |= safetensors.numpy.load_file(file)
-    return found
 
 
 def hashes(path: Path) -> dict[str, str]:

@@ -13,8 +13,8 @@ import safetensors.numpy
 import specdef_jax as sd
 from specdef_jax import hub
 from specdef_jax.errors import FileError
+from tests.hub.helpers_checkpoints import DATA, checkpoint, tensors_in
 
-DATA = Path(__file__).parents[1] / "data"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 WHERE = {
     "llama_tiny": ["layers.0.*.*.weight", "lm_head.weight"],
@@ -23,11 +23,8 @@ WHERE = {
 }
 
 
-def checkpoint(name: str, to: Path, dtype: np.dtype | None = None) -> Path:
-    to.mkdir(parents=True)
-    for file in (DATA / name).iterdir():
-        if file.name not in ("reference.safetensors", "config.legacy.json"):
-            shutil.copyfile(file, to / file.name)
+def stored_as(name: str, to: Path, dtype: np.dtype | None = None) -> Path:
+    checkpoint(name, to)
     for shard in sorted(to.glob("*.safetensors")) if dtype else ():
         tensors = {name: t.astype(dtype) for name, t in safetensors.numpy.load_file(shard).items()}
         safetensors.numpy.save_file(tensors, shard, metadata={"format": "pt"})
@@ -36,13 +33,6 @@ def checkpoint(name: str, to: Path, dtype: np.dtype | None = None) -> Path:
         told["metadata"]["total_size"] = sum(t.nbytes for t in tensors_in(to).values())
         index.write_text(json.dumps(told))
     return to
-
-
-def tensors_in(path: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for file in sorted(path.glob("*.safetensors")):
-        found |= safetensors.numpy.load_file(file)
-    return found
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -76,7 +66,7 @@ def is_stock(path: Path, source: Path) -> None:
 @pytest.fixture(scope="module", params=WHERE)
 def inserted(request, tmp_path_factory) -> tuple[Path, Path, set[str]]:
     root = tmp_path_factory.mktemp(request.param)
-    source = checkpoint(request.param, root / "in")
+    source = stored_as(request.param, root / "in")
     spec = sd.SpecDef(alpha=64.0, k=2, budget=hub.BUDGET)
     manifest = hub.deform(source, root / "deformed", spec, WHERE[request.param])
     return source, root / "deformed", set(manifest.layers)
@@ -105,7 +95,7 @@ def test_inserted_pairs_come_back_as_the_original(inserted, tmp_path: Path, told
 
 @pytest.mark.parametrize("basis", ["symmetric", "rotated", "axis"])
 def test_a_float64_pair_of_bfloat16_comes_back_to_the_bit(tmp_path: Path, basis):
-    source = checkpoint("llama_tiny", tmp_path / "in", BFLOAT16)
+    source = stored_as("llama_tiny", tmp_path / "in", BFLOAT16)
     spec = sd.SpecDef(alpha=1000.0, basis=basis, budget=5e-8)
     where = ["layers.0.mlp.*_proj.weight", "layers.0.self_attn.o_proj.weight"]
     manifest = hub.deform(source, tmp_path / "deformed", spec, where)
@@ -117,7 +107,7 @@ def test_a_float64_pair_of_bfloat16_comes_back_to_the_bit(tmp_path: Path, basis)
 
 
 def test_without_the_manifest_the_dtype_of_the_pair_stays(tmp_path: Path):
-    source = checkpoint("llama_tiny", tmp_path / "in", BFLOAT16)
+    source = stored_as("llama_tiny", tmp_path / "in", BFLOAT16)
     hub.deform(source, tmp_path / "deformed", sd.SpecDef(64.0, budget=1e-3), "lm_head.weight")
     (tmp_path / "deformed" / "specdef.json").unlink()
     hub.fuse(tmp_path / "deformed", tmp_path / "out")
@@ -143,7 +133,7 @@ def test_the_config_comes_back_to_the_byte_however_it_was_laid_out(tmp_path: Pat
 
 
 def test_dequantized_experts_come_back_plain(tmp_path: Path):
-    source = checkpoint("gpt_oss_tiny_mxfp4", tmp_path / "in")
+    source = stored_as("gpt_oss_tiny_mxfp4", tmp_path / "in")
     name = "model.layers.0.mlp.experts.down_proj"
     spec = sd.SpecDef(2.0**12, basis="axis", budget=1e-3)
     hub.deform(source, tmp_path / "deformed", spec, name, dequantize="bfloat16")
@@ -184,7 +174,7 @@ def suspected(path: Path) -> set[str]:
 @pytest.fixture(scope="module", params=["llama_tiny", "gpt_oss_tiny", "sd_unet_tiny"])
 def gauged(request, tmp_path_factory) -> tuple[Path, Path, hub.Manifest]:
     root = tmp_path_factory.mktemp(request.param)
-    source = checkpoint(request.param, root / "in", np.dtype(np.float64))
+    source = stored_as(request.param, root / "in", np.dtype(np.float64))
     spec = sd.SpecDef(alpha=1024.0, budget=hub.BUDGET)
     where = ["layers.[01].**", "mid_block.**.attn1.**"]
     return source, root / "deformed", hub.deform(source, root / "deformed", spec, where, placement="gauge")

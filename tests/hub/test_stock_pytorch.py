@@ -4,7 +4,6 @@ Runs where torch, transformers and diffusers are installed beside this package; 
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import safetensors.numpy
 import specdef_jax as sd
 from specdef_jax import hub
 from specdef_jax.errors import StructureError
+from tests.hub.helpers_checkpoints import DATA, checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -23,17 +23,13 @@ diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
-DATA = Path(__file__).parents[1] / "data"
 MODELS = ["llama_tiny", "gpt_oss_tiny"]
 EXACT = sd.SpecDef(alpha=2.0**12, basis="axis", budget=hub.BUDGET)
 SYMMETRIC = sd.SpecDef(alpha=64.0, budget=hub.BUDGET)
 
 
-def checkpoint(name: str, to: Path, dtype: str = "float32") -> Path:
-    to.mkdir(parents=True)
-    for file in (DATA / name).iterdir():
-        if file.name not in ("reference.safetensors", "config.legacy.json"):
-            shutil.copyfile(file, to / file.name)
+def stored_as(name: str, to: Path, dtype: str = "float32") -> Path:
+    checkpoint(name, to)
     if dtype == "bfloat16":
         for shard in to.glob("*.safetensors"):
             tensors = safetensors.numpy.load_file(shard)
@@ -62,12 +58,12 @@ def output(path: Path, name: str, **options: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fixtures_give_the_reference(tmp_path: Path, name):
-    found = output(checkpoint(name, tmp_path / "in"), name)
+    found = output(stored_as(name, tmp_path / "in"), name)
     assert np.abs(found - reference(name)["logits"].numpy()).max() < 2e-4
 
 
 def test_the_unet_gives_the_reference(tmp_path: Path):
-    found = output(checkpoint("sd_unet_tiny", tmp_path / "in"), "sd_unet_tiny")
+    found = output(stored_as("sd_unet_tiny", tmp_path / "in"), "sd_unet_tiny")
     expected = reference("sd_unet_tiny")["out"].numpy()
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
 
@@ -84,7 +80,7 @@ def test_the_unet_gives_the_reference(tmp_path: Path):
     ],
 )
 def test_a_gauge_by_a_power_of_two_is_equal_to_the_bit(tmp_path: Path, name, dtype, attention):
-    source = checkpoint(name, tmp_path / "in", dtype)
+    source = stored_as(name, tmp_path / "in", dtype)
     manifest = hub.deform(source, tmp_path / "out", EXACT, placement="gauge")
     assert all(layer.sigma_after[0] > 1000 * layer.sigma_before[0] for layer in manifest.layers.values())
     options = {"attn_implementation": attention} if attention else {}
@@ -95,7 +91,7 @@ def test_a_gauge_by_a_power_of_two_is_equal_to_the_bit(tmp_path: Path, name, dty
 
 @pytest.mark.parametrize("name", [*MODELS, "sd_unet_tiny"])
 def test_a_symmetric_gauge_is_equal_to_rounding(tmp_path: Path, name):
-    source = checkpoint(name, tmp_path / "in")
+    source = stored_as(name, tmp_path / "in")
     hub.deform(source, tmp_path / "out", SYMMETRIC, placement="gauge")
     before, after = (output(path, name) for path in (source, tmp_path / "out"))
     assert 0 < np.abs(after - before).max() < 5e-5 * np.abs(before).max()
@@ -103,7 +99,7 @@ def test_a_symmetric_gauge_is_equal_to_rounding(tmp_path: Path, name):
 
 @pytest.mark.parametrize("name", [*MODELS, "sd_unet_tiny"])
 def test_a_balanced_gauge_still_computes_the_same(tmp_path: Path, name):
-    source = checkpoint(name, tmp_path / "in")
+    source = stored_as(name, tmp_path / "in")
     hub.deform(source, tmp_path / "deformed", EXACT, placement="gauge")
     hub.fuse(tmp_path / "deformed", tmp_path / "out")
     before, after = (output(path, name) for path in (source, tmp_path / "out"))
@@ -112,7 +108,7 @@ def test_a_balanced_gauge_still_computes_the_same(tmp_path: Path, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_inserted_checkpoint_is_refused_until_it_is_fused(tmp_path: Path, name):
-    source = checkpoint(name, tmp_path / "in")
+    source = stored_as(name, tmp_path / "in")
     hub.deform(source, tmp_path / "deformed", SYMMETRIC, ["layers.0.self_attn.*_proj.weight"])
     model_type = json.loads((tmp_path / "deformed" / "config.json").read_text())["model_type"]
     with pytest.raises(ValueError, match=model_type):

@@ -16,21 +16,13 @@ import safetensors.numpy
 import specdef_jax as sd
 from specdef_jax import hub
 from specdef_jax.errors import FileError
+from tests.hub.helpers_checkpoints import DATA, checkpoint
 
-DATA = Path(__file__).parents[1] / "data"
 Q = "model.layers.{}.self_attn.q_proj.weight"
 V = "model.layers.{}.self_attn.v_proj.weight"
 K = "model.layers.{}.self_attn.k_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 SPEC = sd.SpecDef(alpha=64.0, budget=hub.BUDGET)
-
-
-def checkpoint(name: str, to: Path) -> Path:
-    to.mkdir(parents=True)
-    for file in (DATA / name).iterdir():
-        if file.name not in ("reference.safetensors", "config.legacy.json"):
-            shutil.copyfile(file, to / file.name)
-    return to
 
 
 def toy(to: Path, config: dict | None = None) -> Path:
