@@ -24,6 +24,7 @@ from specdef_jax.files import atomic_write_text, exists_already, explained, flus
 from specdef_jax.hub.copying import PART, HashedFile, parts_of
 from specdef_jax.hub.safetensors_header import bytes_of, header_of
 from specdef_jax.hub.shards import Shard, Shards
+from specdef_jax.hub.working import threads
 
 JOURNAL = ".specdef-journal.json"
 SPARE = 1 << 26  # bytes that must stay free beside what is written
@@ -100,7 +101,7 @@ def rewrite(
     with explained(out), _partial(out, key, sum(sizes.values())) as (partial, journal):
         done = sum(sizes[name] for name in journal if name in sizes)
         tell = _Counter(progress, done, sum(sizes.values()))
-        with ThreadPoolExecutor(workers) as pool:
+        with threads(workers) as pool:
             for shard in source.shards:
                 plan = plans[shard.name]
                 if shard.name not in journal:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import jax
+from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,6 +48,18 @@ def default_workers() -> int:
     return min(os.cpu_count() or 1, 4)
 
 
+@contextmanager
+def threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Give a pool of workers, among which the cores are shared out.
+
+    BLAS keeps its own threads spinning, as many as there are cores for each of ours: two workers on two cores
+    took three times as long as with one BLAS thread each.
+    """
+    limit = max(1, (os.cpu_count() or 1) // workers)
+    with threadpool_limits(limit, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        yield pool
+
+
 def in_order(
     work: Callable[[Item], Result],
     items: Iterable[Item],
@@ -71,7 +84,7 @@ def in_order(
             return work(item)
 
     results = []
-    with ThreadPoolExecutor(workers) as pool:
+    with threads(workers) as pool:
         futures = [pool.submit(one, item) for item in items]
         try:
             for future in futures:
