@@ -32,7 +32,7 @@ def main() -> None:
 
 def measured() -> str:
     """Return the section as Markdown."""
-    return "\n".join([certified(), directions(), theory(), deformation(), race_speed(), ""])
+    return "\n".join([certified(), directions(), theory(), deformation(), checkpoints(), race_speed(), ""])
 
 
 def certified() -> str:
@@ -171,6 +171,34 @@ def deformation() -> str:
         f"{s['ratio_to_bare']:.2f} times a bare script; ten such layers {s['ten_layers_seconds']:.1f} s "
         f"({_machine(record)}).\n"
     )
+
+
+def checkpoints() -> str:
+    """Tell what deforming whole checkpoints takes."""
+    record = json.loads((RESULTS / "checkpoint.json").read_text())
+    lines = [
+        f"Checkpoints of random weights in real shapes ({_machine(record)}); the peer is `cp -r` and "
+        "sync, plus `sha256sum` of the output:",
+        "",
+        "| layout, placement | size | layers | stored | choosing, measuring | writing / peer | verify | "
+        "fuse | peak memory (bound) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        made, stages = row["deform"], row["deform"]["stages"]
+        cells = (
+            f"{row['layout']}, {row['placement']}",
+            f"{row['bytes'] / 1e9:.1f} GB",
+            f"{made['layers']}",
+            ", ".join(made["dtypes"]) + (", exact" if made["exact"] == made["layers"] else ""),
+            f"{stages['choosing directions']:.0f} s, {stages['measuring']:.0f} s",
+            f"{stages['writing']:.0f} s / {row['cp_seconds'] + row['sha256sum_seconds']:.0f} s",
+            f"{row['verify']['seconds']:.0f} s",
+            f"{row['fuse']['seconds']:.0f} s",
+            f"{row['peak_bytes'] / 1e9:.2f} GB ({row['memory_bound_bytes'] / 1e9:.2f})",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def race_speed() -> str:
