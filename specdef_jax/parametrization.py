@@ -212,10 +212,7 @@ def loss_on(loss: Callable[..., Array], params: PyTree, *args: Any) -> Partial:
     Raises:
       ProblemError: the loss fails on the merged tree too, or does not return a real scalar.
     """
-    as_partial = loss if isinstance(loss, Partial) else Partial(loss)
-    structured = any(map(is_structured, jax.tree.leaves(params, is_leaf=is_structured)))
-    if structured and not _accepts(as_partial, params, *args):
-        as_partial = Partial(_loss_through_merge, as_partial)
+    as_partial = function_on(loss, params, *args)
     try:
         out = jax.eval_shape(as_partial, params, *args)
     except Exception as error:
@@ -227,9 +224,18 @@ def loss_on(loss: Callable[..., Array], params: PyTree, *args: Any) -> Partial:
     return as_partial
 
 
-def _accepts(loss: Partial, params: PyTree, *args: Any) -> bool:
+def function_on(fn: Callable[..., Any], params: PyTree, *args: Any) -> Partial:
+    """Return any function of (params, *args) as a Partial that accepts `params` as they are (see loss_on)."""
+    as_partial = fn if isinstance(fn, Partial) else Partial(fn)
+    structured = any(map(is_structured, jax.tree.leaves(params, is_leaf=is_structured)))
+    if structured and not _accepts(as_partial, params, *args):
+        return Partial(_through_merge, as_partial)
+    return as_partial
+
+
+def _accepts(fn: Partial, params: PyTree, *args: Any) -> bool:
     try:
-        jax.eval_shape(loss, params, *args)
+        jax.eval_shape(fn, params, *args)
     except LayeredUnsupported:
         raise
     except Exception:  # whatever a model raises when it meets a node that is not an array
@@ -237,5 +243,5 @@ def _accepts(loss: Partial, params: PyTree, *args: Any) -> bool:
     return True
 
 
-def _loss_through_merge(loss: Partial, params: PyTree, *args: Any) -> Array:
-    return loss(merge(params), *args)
+def _through_merge(fn: Partial, params: PyTree, *args: Any) -> Any:
+    return fn(merge(params), *args)

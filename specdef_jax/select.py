@@ -134,6 +134,15 @@ def as_selector(where: Selector | str | Sequence[str] | None) -> Selector:
     return match(where) if isinstance(where, str) else match(*where)
 
 
+def matches(glob: str, name: str) -> bool:
+    """Tell whether a name matches one glob, in the grammar of `match`.
+
+    Raises:
+      SelectionError: a [...] of the glob is malformed.
+    """
+    return _pattern(glob).fullmatch(name) is not None
+
+
 def _check_count(name: str, n: int) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise SelectionError(f"{name}({n!r}): the number of leaves must be a positive integer.")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PRNGKeyArray, PyTree, Scalar
 
 from specdef_jax.errors import StructureError
+from specdef_jax.sharding import placed, sharding_of
 
 
 def inner(a: PyTree, b: PyTree) -> Scalar:
@@ -48,11 +49,12 @@ def result_dtype(a: PyTree) -> jnp.dtype:
 
 
 def normal_like(key: PRNGKeyArray, a: PyTree) -> PyTree:
-    """Draw a tree of independent standard normals with the structure, shapes and dtypes of `a`."""
+    """Draw a tree of independent standard normals with the structure, shapes, dtypes and shardings of `a`."""
     leaves, treedef = jax.tree.flatten(a)
     keys = jax.random.split(key, len(leaves))
     return treedef.unflatten(
-        jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)
+        placed(jax.random.normal(k, leaf.shape, leaf.dtype), sharding_of(leaf))
+        for k, leaf in zip(keys, leaves, strict=True)
     )
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import tyro
 
 from specdef_jax import hub
+from specdef_jax.cli.block_curvature import COLUMNS, cells, draw, measure, of_entry
 from specdef_jax.cli.console import Report, reporting, show_table
-from specdef_jax.errors import SelectionError, SpecError, StructureError
+from specdef_jax.errors import ProblemError, SelectionError, SpecError, StructureError
 from specdef_jax.hub.safetensors_file import COMP
 from specdef_jax.layout import axes_of
 from specdef_jax.parametrization import Deformed, KernelAxes, is_structured
@@ -45,6 +46,9 @@ def inspect(
     *,
     layers: tuple[str, ...] = (),
     layout: Literal["auto", "hf", "jax"] = "auto",
+    loss: str | None = None,
+    data: str | None = None,
+    plot: Path | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
     seed: int = 0,
 ) -> int:
@@ -55,16 +59,26 @@ def inspect(
     largest first value is listed. What is suspected is no proof: layers trained on correlated features
     show gaps too.
 
+    With --loss the Hessian block of each tensor is measured too, in float64: its largest eigenvalue by
+    magnitude, with the true residual. It is a lower bound on the sharpness of the whole network.
+
     Args:
       source: directory of safetensors files, .safetensors file, or directory of an Orbax checkpoint.
       layers: globs on tensor names; list only these.
       layout: as in `specdef deform`.
+      loss: module:function of your own, loss(params, *data) -> scalar, on the tree that sd.hub.read_tree
+        gives.
+      data: module:name of a tuple of arrays, or of a function that returns one.
+      plot: file to draw the curvature into, .svg, .png or .pdf.
       as_json: print JSON instead of a table.
       seed: of the randomized subspace iteration.
 
     Returns:
       The exit code.
     """
+    if loss is None and (data is not None or plot is not None):
+        raise ProblemError("--data and --plot say nothing without --loss.")
+    curves: dict[str, dict[str, Any]] = {}
     with reporting() as report:
         report("reading", 0, 0)
         if hub.is_shards(source):
@@ -72,11 +86,21 @@ def inspect(
             entries, gauge = _of_shards(shards, layout), _gauge(shards)
         else:
             entries, gauge = _of_tree(hub.read_tree(source), layout), {}
-        rows = _rows(_chosen(entries, layers), gauge, jax.random.key(seed), report)
+        chosen = _chosen(entries, layers)
+        rows = _rows(chosen, gauge, jax.random.key(seed), report)
+        if loss is not None:
+            params = hub.read_tree(source).params
+            names = [entry.name for entry in chosen if jnp.issubdtype(entry.dtype, jnp.floating)]
+            curves, spectrum = measure(params, loss, data, names, jax.random.key(seed), report)
+            for row in rows:
+                row["curvature"] = of_entry(curves, row["name"])
+            if plot is not None:
+                draw(curves, spectrum, plot)
     if as_json:
         print(json.dumps({"path": str(source), "tensors": rows}, indent=1, allow_nan=False))
     else:
-        show_table(f"{len(rows)} tensors in {source}", _COLUMNS, map(_cells, rows))
+        columns = _COLUMNS if loss is None else (*_COLUMNS, *COLUMNS)
+        show_table(f"{len(rows)} tensors in {source}", columns, map(_cells, rows))
     return 0
 
 
@@ -177,4 +201,5 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["note"] if values is None else ", ".join(f"{s:.4g}" for s in values),
         "" if row["gap"] is None else f"{row['gap']:.4g}",
         row["suspected"],
+        *(cells(row["curvature"]) if "curvature" in row else ()),
     )

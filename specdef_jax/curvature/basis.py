@@ -14,10 +14,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
+from specdef_jax.sharding import leading, placed, sharding_of
+
 
 def zeros(count: int, template: PyTree, dtype: DTypeLike) -> PyTree:
-    """Return a basis of `count` zero vectors shaped like `template`."""
-    return jax.tree.map(lambda t: jnp.zeros((count, *t.shape), dtype), template)
+    """Return a basis of `count` zero vectors shaped and sharded like `template`."""
+
+    def one(t: jax.ShapeDtypeStruct | Array) -> Array:
+        return placed(jnp.zeros((count, *t.shape), dtype), leading(sharding_of(t)))
+
+    return jax.tree.map(one, template)
+
+
+def zero(template: PyTree, dtype: DTypeLike) -> PyTree:
+    """Return the zero vector shaped and sharded like `template`."""
+    return jax.tree.map(lambda t: placed(jnp.zeros(t.shape, dtype), sharding_of(t)), template)
 
 
 def row(basis: PyTree, i: Int[Array, ""] | int) -> PyTree:

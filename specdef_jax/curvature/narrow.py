@@ -7,12 +7,16 @@ inside it. The jaxpr tells, so a certificate need not trust the dtype of the res
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from specdef_jax.curvature.operators import Operator
 
 
 class NarrowFloat(NamedTuple):
@@ -48,6 +52,25 @@ def narrowest_float(fn: Callable[..., Any], *args: Any) -> str:
     names = {x.dtype.name for x in outputs if jnp.issubdtype(x.dtype, jnp.floating)}
     names |= {found.dtype for found in _float_results(fn, *args)}
     return min(sorted(names), key=lambda name: jnp.finfo(name).nmant, default="float64")
+
+
+def narrowest_of(op: Operator) -> str:
+    """Return the same for the product of an operator; new data of known shapes does not trace it again."""
+    leaves, treedef = jax.tree.flatten(op)
+    return _narrowest_in(treedef, tuple(jax.eval_shape(_identity, *leaves)))
+
+
+@lru_cache(maxsize=256)
+def _narrowest_in(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> str:
+    def product(leaves: tuple[Any, ...], vector: PyTree) -> PyTree:
+        return treedef.unflatten(leaves).mv(vector)
+
+    return narrowest_float(product, leaves, treedef.unflatten(leaves).template)
+
+
+@jax.jit
+def _identity(*leaves: Any) -> tuple[Any, ...]:
+    return leaves
 
 
 def _float_results(fn: Callable[..., Any], *args: Any) -> Iterator[NarrowFloat]:

@@ -3,61 +3,76 @@
 An operator is a product and the shapes it takes. The data of the product (parameters, batch, a matrix)
 travels inside a Partial as leaves of the pytree, so an operator is passed to jit like an array: the same
 loss function and the same shapes compile once, and nothing is baked into the program as a constant.
-A new operator is one function that returns an Operator; eigsh and dense need no more than this class.
+A new operator is one function that returns an Operator; eigsh, svds, density and dense need no more than
+this class. Those of a loss are in losses.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.tree_util import Partial
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from specdef_jax import trees
 from specdef_jax.errors import ProblemError
-from specdef_jax.parametrization import loss_on
+from specdef_jax.sharding import sharding_of
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Structure, shapes and dtypes of a tree of arrays, hashable so that it can be static."""
+    """Structure, shapes, dtypes and shardings of a tree of arrays, hashable so that it can be static."""
 
     treedef: Any
-    leaves: tuple[tuple[tuple[int, ...], jnp.dtype], ...]
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
 
     def tree(self) -> PyTree:
         """Return the tree of jax.ShapeDtypeStruct."""
-        return self.treedef.unflatten(jax.ShapeDtypeStruct(s, d) for s, d in self.leaves)
+        return self.treedef.unflatten(self.leaves)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Operator:
-    """A real linear map on trees shaped like `template`.
+    """A real linear map from trees shaped like `template` to trees shaped like `image`.
 
     Attributes:
       product: Partial of the map, tree -> tree, with its data as leaves.
       domain: layout of the trees it takes (static).
       kind: name for messages and records (static).
       symmetric: whether the map is its own transpose, as claimed by whoever built it (static).
+      transpose: function of the data and a tree that is the transposed map, where one is known that is
+        cheaper than JAX's transposition of `product` (static).
     """
 
     product: Partial
     domain: Layout = field(metadata={"static": True})
     kind: str = field(metadata={"static": True})
     symmetric: bool = field(default=True, metadata={"static": True})
+    transpose: Callable[..., PyTree] | None = field(default=None, metadata={"static": True})
 
     @property
     def template(self) -> PyTree:
         """Tree of jax.ShapeDtypeStruct that mv takes."""
         return self.domain.tree()
+
+    @property
+    def image(self) -> PyTree:
+        """Tree of jax.ShapeDtypeStruct that mv returns and rmv takes."""
+        return self.template if self.symmetric else jax.eval_shape(self.product, self.template)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(entries of the image, entries of the domain), as of the matrix."""
+        return trees.size(self.image), self.size
 
     @property
     def size(self) -> int:
@@ -89,46 +104,35 @@ class Operator:
         if self.symmetric:
             return self.mv(tree)
         template = self.template
-        image = jax.eval_shape(self.product, template)
 
         def transpose(cotangent: PyTree) -> PyTree:
+            if self.transpose is not None:
+                return self.transpose(*self.product.args, cotangent)
             return jax.linear_transpose(self.product, template)(cotangent)[0]
 
-        return _apply(transpose, image, tree, f"{self.kind}.rmv")
+        return _apply(transpose, self.image, tree, f"{self.kind}.rmv")
 
-
-def hessian(loss: Callable[..., Array], params: PyTree, *args: Any) -> Operator:
-    """Return the Hessian of loss(params, *args) in params, as forward over reverse products.
-
-    Args:
-      loss: loss(params, *args) -> real scalar. A loss for plain parameters also takes a deformed tree:
-        the Hessian is then in (weight, comp) (THEORY.md 2.1).
-      params: tree of float arrays, at which the Hessian is taken.
-      *args: data of the loss. Pass it here and not by closure; keep one `loss` object, or every call
-        compiles again.
-
-    Raises:
-      ProblemError: a leaf of params is not a real float, or the loss does not evaluate to a real scalar.
-
-    Example:
-      >>> op = hessian(lambda x, a: a * jnp.sum(x**4), jnp.ones(3), 2.0)
-      >>> op.mv(jnp.ones(3))
-      Array([24., 24., 24.], dtype=float32)
-    """
-    domain = layout(params)
-    return Operator(Partial(_hessian_product, loss_on(loss, params, *args), params, *args), domain, "hessian")
+    @property
+    def T(self) -> Operator:
+        """The transposed operator."""
+        if self.symmetric:
+            return self
+        product = Partial(_transposed_product, self)
+        return Operator(product, layout(self.image), self.kind, False, _product)
 
 
 def from_matrix(matrix: ArrayLike, symmetric: bool = True) -> Operator:
-    """Return a square matrix as an operator on vectors; eigsh finds out when `symmetric` is not true.
+    """Return a matrix as an operator on vectors; eigsh finds out when `symmetric` is not true.
 
     Raises:
-      ProblemError: the array is not square or not real floating point.
+      ProblemError: the array is no matrix, not square although symmetric, or not real floating point.
     """
     matrix = jnp.asarray(matrix)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ProblemError(f"an operator needs a square matrix, this one has shape {matrix.shape}.")
-    return linear(Partial(jnp.matmul, matrix), matrix[0], symmetric, kind="matrix")
+    if matrix.ndim != 2 or (symmetric and matrix.shape[0] != matrix.shape[1]):
+        what = "square matrix, or symmetric=False and a matrix"
+        raise ProblemError(f"an operator needs a {what}; this one has shape {matrix.shape}.")
+    vector = jax.ShapeDtypeStruct(matrix.shape[1:], matrix.dtype)
+    return linear(Partial(jnp.matmul, matrix), vector, symmetric, kind="matrix")
 
 
 def linear(
@@ -151,12 +155,25 @@ def linear(
 def flattened(op: Operator) -> Operator:
     """Return the operator on raveled vectors (n,), in the dtype that its leaves promote to."""
     vector = jax.ShapeDtypeStruct((op.size,), op.dtype)
-    return Operator(Partial(_flat_product, op), layout(vector), op.kind, op.symmetric)
+    return Operator(Partial(_flat_product, op), layout(vector), op.kind, op.symmetric, _flat_transpose)
 
 
-def unflatten_vector(op: Operator, vectors: Float[Array, "*batch n"]) -> PyTree:
-    """Return raveled vectors as trees shaped like op.template, leading axes kept."""
-    template = op.template
+def is_spread(op: Operator) -> bool:
+    """Tell whether data of the operator lies on several devices, or may: inside jit one cannot know."""
+    data = [leaf for leaf in jax.tree.leaves(op) if isinstance(leaf, jax.Array)]
+    return any(isinstance(x, Tracer) or len(x.devices()) > 1 for x in data)
+
+
+def random_vector(op: Operator, key: PRNGKeyArray, dtype: DTypeLike) -> PyTree:
+    """Return independent standard normals shaped like the domain; for a flattened operator the same ones."""
+    inner = op.product.args[0] if op.product.func is _flat_product else op
+    structs = (jax.ShapeDtypeStruct(t.shape, dtype, sharding=t.sharding) for t in inner.domain.leaves)
+    drawn = trees.normal_like(key, inner.domain.treedef.unflatten(structs))
+    return drawn if inner is op else _ravel(drawn, dtype)
+
+
+def unravel(template: PyTree, vectors: Float[Array, "*batch n"]) -> PyTree:
+    """Return raveled vectors as trees shaped like a template, leading axes kept."""
     leaves, start = [], 0
     for leaf in jax.tree.leaves(template):
         stop = start + math.prod(leaf.shape)
@@ -166,8 +183,23 @@ def unflatten_vector(op: Operator, vectors: Float[Array, "*batch n"]) -> PyTree:
 
 
 def _flat_product(op: Operator, vector: Array) -> Array:
-    image = op.mv(unflatten_vector(op, vector))
-    return jnp.concatenate([x.astype(vector.dtype).ravel() for x in jax.tree.leaves(image)])
+    return _ravel(op.mv(unravel(op.template, vector)), vector.dtype)
+
+
+def _flat_transpose(op: Operator, vector: Array) -> Array:
+    return _ravel(op.rmv(unravel(op.image, vector)), vector.dtype)
+
+
+def _ravel(tree: PyTree, dtype: DTypeLike) -> Array:
+    return jnp.concatenate([x.astype(dtype).ravel() for x in jax.tree.leaves(tree)])
+
+
+def _product(op: Operator, tree: PyTree) -> PyTree:
+    return op.mv(tree)
+
+
+def _transposed_product(op: Operator, tree: PyTree) -> PyTree:
+    return op.rmv(tree)
 
 
 def layout(tree: PyTree) -> Layout:
@@ -181,7 +213,16 @@ def layout(tree: PyTree) -> Layout:
     if trees.size(tree) == 0:
         raise ProblemError("an operator needs at least one parameter; this tree has none.")
     leaves, treedef = jax.tree.flatten(tree)
-    return Layout(treedef, tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in leaves))
+    return Layout(
+        treedef,
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)) for x in leaves),
+    )
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ProblemError unless the value is one of the choices."""
+    if value not in choices:
+        raise ProblemError(f"{name} = {value!r} is not known; give one of {', '.join(map(repr, choices))}.")
 
 
 def _check_real(name: str, dtype: DTypeLike | type) -> None:
@@ -195,11 +236,6 @@ def _check_real(name: str, dtype: DTypeLike | type) -> None:
             f"leaf '{name}' has dtype {dtype}; curvature needs real float arrays. "
             "Keep other leaves out of params: pass them to the loss as arguments."
         )
-
-
-def _hessian_product(loss: Partial, params: PyTree, *args: Any) -> PyTree:
-    *data, tangent = args
-    return jax.jvp(lambda p: jax.grad(loss)(p, *data), (params,), (tangent,))[1]
 
 
 def _apply(fn: Callable[[PyTree], PyTree], template: PyTree, tree: PyTree, what: str) -> PyTree:

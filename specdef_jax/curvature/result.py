@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
+
+Progress = Callable[[Int[Array, ""], Float[Array, ""]], None]
 
 
 class Status(enum.IntEnum):
@@ -85,3 +90,70 @@ class Eigen:
     def status(self) -> Status:
         """The status; reads the value from the device, so not available under jit."""
         return Status(int(self.code))
+
+    @property
+    def lower_bound(self) -> Float[Array, ""]:
+        """A lower bound on ||A|| = sigma_1: the largest |value|, less its rounding (see lower_bound)."""
+        size = sum(leaf[0].size for leaf in jax.tree.leaves(self.vectors))
+        return lower_bound(self.values, size, self.floor, self.asymmetry)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Singular:
+    """Singular triplets of an operator A, largest first; every residual is measured, not inferred.
+
+    Attributes:
+      values: (k,) <u, A v>, up to rounding a lower bound on sigma_1 for the first. Within
+        sqrt((left_residuals[i]^2 + right_residuals[i]^2) / 2) of values[i] lies a singular value.
+      left: tree of orthonormal left vectors u, in the image, leading axis k.
+      right: tree of orthonormal right vectors v, in the domain, leading axis k.
+      left_residuals: (k,) true residuals ||A v - value u||.
+      right_residuals: (k,) true residuals ||A^T u - value v||.
+      estimates: (k,) right residuals as the recurrence believes them; no certificate.
+      norm: largest ||A v|| / ||v|| or ||A^T u|| / ||u|| seen, a lower bound on ||A||; tol is relative to it.
+      floor: eps ||A||, with eps that of `narrowest`: the rounding level of a residual.
+      asymmetry: largest |<u, A v> - <A^T u, v>| over the unit vectors of the first cycles.
+      matvecs: products spent, both kinds and those for true residuals included.
+      code: the status as an integer array; read `status`.
+      narrowest: narrowest float in the jaxpr of either product (static).
+    """
+
+    values: Float[Array, " k"]
+    left: PyTree
+    right: PyTree
+    left_residuals: Float[Array, " k"]
+    right_residuals: Float[Array, " k"]
+    estimates: Float[Array, " k"]
+    norm: Float[Array, ""]
+    floor: Float[Array, ""]
+    asymmetry: Float[Array, ""]
+    matvecs: Int[Array, ""]
+    code: Int[Array, ""]
+    narrowest: str = field(metadata={"static": True})
+
+    @property
+    def status(self) -> Status:
+        """The status; reads the value from the device, so not available under jit."""
+        return Status(int(self.code))
+
+    @property
+    def lower_bound(self) -> Float[Array, ""]:
+        """A lower bound on sigma_1: the largest value, less its rounding (see lower_bound)."""
+        size = sum(leaf[0].size for leaf in [*jax.tree.leaves(self.left), *jax.tree.leaves(self.right)])
+        return lower_bound(self.values, size, self.floor, self.asymmetry)
+
+
+def lower_bound(
+    values: Float[Array, " k"],
+    size: int,
+    floor: Float[Array, ""],
+    asymmetry: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Return max |value| less an allowance for rounding, at least 0: "checked", not "proved".
+
+    In exact arithmetic |<u, A v>| <= sigma_1 for unit vectors, converged or not. In floating point the inner
+    products err by (2 log2 n + 8) eps ||A||, as XLA sums in a tree, and A v by what the run has seen the
+    products of the first cycles err, `asymmetry`, taken four times.
+    """
+    return jnp.maximum(jnp.max(jnp.abs(values)) - (2 * math.log2(size) + 8) * floor - 4 * asymmetry, 0)

@@ -1,98 +1,17 @@
-"""One cycle of thick-restart Lanczos: extend the basis, rotate it, measure, decide (see lanczos.py)."""
+"""One cycle of thick-restart Lanczos: extend the basis, rotate it, measure (see lanczos.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from specdef_jax import trees
 from specdef_jax.curvature import basis as bs
-from specdef_jax.curvature.result import Status
-
-Which = Literal["LM", "LA", "SA"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is fixed while a run is compiled: k pairs wanted, a basis of m vectors, which end."""
-
-    k: int
-    m: int
-    which: Which
-    whole: bool  # the basis spans the whole space: one cycle is everything there is
-    narrowest: str
-
-    @property
-    def kept(self) -> int:
-        """Ritz vectors that a cycle keeps: the wanted ones and half of the others."""
-        return max(self.k, min(self.k + (self.m - self.k) // 2, self.m - 1))
-
-    def rank(self, values: Array) -> Array:
-        """Return what is largest for the values asked for."""
-        return {"LM": jnp.abs, "LA": jnp.positive, "SA": jnp.negative}[self.which](values)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """At the top of a cycle A V[:kept] = V[:kept + 1] T[:kept + 1, :kept], up to what a new seed drops.
-
-    The basis V, m + 1 orthonormal vectors of which the first kept + 1 count, is carried beside it.
-    """
-
-    projection: Float[Array, "m m"]  # T = V^T A V
-    kept: Int[Array, ""]
-    beta: Float[Array, ""]  # coupling of the last vector but one to the last
-    raw: Bool[Array, ""]  # the next vector is no unit vector orthogonal to the others yet
-    vacant: Bool[Array, ""]  # there is no next vector: draw one at random, uncoupled
-    matvecs: Int[Array, ""]
-    norm: Float[Array, ""]  # largest ||A v|| seen
-    asymmetry: Float[Array, ""]
-    reseeded: Bool[Array, ""]  # T no longer predicts its own entries
-    finite: Bool[Array, ""]
-    values: Float[Array, " k"]
-    residuals: Float[Array, " k"]
-    estimates: Float[Array, " k"]
-    beyond: Float[Array, ""]  # estimate of pair k + 1 that exceeds its gap to pair k, else 0
-    best: Float[Array, ""]  # smallest max residual measured since the last search began
-    searching: Bool[Array, ""]  # a random vector was put in to look for repeated eigenvalues
-    searched: Bool[Array, ""]  # it left the pairs unchanged
-    reference: Float[Array, " k"]  # ranks it must leave unchanged
-    code: Int[Array, ""]
-    done: Bool[Array, ""]
-
-
-def start(setting: Setting, dtype: Any) -> State:
-    """Return the state before the first cycle: no vector yet, the first one drawn at random."""
-    k, m = setting.k, setting.m
-    zero, zeros, no = jnp.zeros((), dtype), jnp.zeros(k, dtype), jnp.array(False)
-    return State(
-        projection=jnp.zeros((m, m), dtype),
-        kept=jnp.array(0),
-        beta=zero,
-        raw=~no,
-        vacant=~no,
-        matvecs=jnp.array(0),
-        norm=zero,
-        asymmetry=zero,
-        reseeded=no,
-        finite=~no,
-        values=zeros,
-        residuals=zeros,
-        estimates=zeros,
-        beyond=zero,
-        best=zero + jnp.inf,
-        searching=no,
-        searched=jnp.array(k == 1 or setting.whole),
-        reference=zeros,
-        code=jnp.array(int(Status.NOT_CONVERGED)),
-        done=no,
-    )
+from specdef_jax.curvature.restart import Setting, State
 
 
 def extend(
@@ -197,51 +116,3 @@ def measure(
     finite = state.finite & jnp.all(jnp.isfinite(values + residuals))
     matvecs = state.matvecs + setting.k
     return replace(state, values=values, residuals=residuals, finite=finite, matvecs=matvecs), total
-
-
-def decide(
-    setting: Setting,
-    state: State,
-    tol: Array,
-    small: Array,
-    ruled_out: Array,
-    asymmetric: Array,
-    last: Array,
-    max_matvecs: Array,
-) -> State:
-    """Name the outcome, and prepare a cycle from a new seed in case there is none yet.
-
-    The recurrence may converge where the true residuals do not. If putting the residuals into the basis does
-    not halve them, nothing will.
-    """
-    k, m = setting.k, setting.m
-    worst, target = jnp.max(state.residuals), tol * state.norm
-    met = worst <= target
-    rounding = 4 * jnp.finfo(worst.dtype).eps * state.norm
-    stalled = small & ~met & ((worst <= rounding) | (worst > state.best / 2) | setting.whole)
-    settled = met | stalled
-    ranks = setting.rank(state.values)
-    unchanged = jnp.all(jnp.abs(ranks - state.reference) <= jnp.maximum(target, worst))
-    searched = state.searched | (settled & state.searching & ruled_out & unchanged)
-    code = jnp.select(
-        [~state.finite, asymmetric, met & searched, settled & searched],
-        [Status.NOT_FINITE, Status.NOT_SYMMETRIC, Status.CONVERGED, Status.FLOOR],
-        Status.NOT_CONVERGED,
-    ).astype(state.code.dtype)
-    search = settled & ~searched
-    spent = state.matvecs + (m - k) + k > max_matvecs
-    diagonal = jnp.arange(k)
-    return replace(
-        state,
-        projection=jnp.zeros_like(state.projection).at[diagonal, diagonal].set(state.values),
-        kept=jnp.full_like(state.kept, k),
-        raw=jnp.array(True),
-        vacant=search,
-        reseeded=jnp.array(True),
-        best=jnp.where(search & met, jnp.inf, jnp.minimum(state.best, worst)),
-        searching=search,
-        searched=searched,
-        reference=jnp.where(search, ranks, state.reference),
-        code=code,
-        done=last | spent | (settled & searched),
-    )

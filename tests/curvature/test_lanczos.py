@@ -7,6 +7,8 @@ from jax.tree_util import Partial
 
 from specdef_jax.curvature import Status, eigsh, from_matrix, hessian, lanczos, linear, thick_restart
 from specdef_jax.curvature import basis as bs
+from specdef_jax.curvature.operators import check_choice
+from specdef_jax.curvature.restart import Setting, start
 from specdef_jax.errors import ProblemError
 from tests.curvature.helpers_spectra import wanted, with_spectrum
 
@@ -117,9 +119,9 @@ def test_small_operators_and_nearly_all_pairs(n, k):
 def test_factorization_identity():
     """A V = V T + r e^T, and V orthonormal, after the first cycle and after a restart."""
     matrix = with_spectrum(SPECTRA["indefinite"])
-    setting = thick_restart.Setting(K, 12, "LM", whole=False, narrowest="float64")
+    setting = Setting(K, 12, "LM", whole=False, narrowest="float64")
     state, basis = (
-        thick_restart.start(setting, jnp.float64),
+        start(setting, jnp.float64),
         bs.zeros(13, jax.ShapeDtypeStruct((N,), jnp.float64), jnp.float64),
     )
     for _ in range(3):
@@ -229,8 +231,8 @@ def test_deterministic_in_the_key():
 def test_memory_is_one_basis_and_the_kept_vectors():
     n = 100_000
     op = linear(Partial(jnp.multiply, jnp.linspace(0, 1, n)), jax.ShapeDtypeStruct((n,), jnp.float64))
-    setting = thick_restart.Setting(1, 20, "LA", whole=False, narrowest="float64")
-    memory = lanczos._solve.lower(setting, op, KEY, 1e-6, 1000).compile().memory_analysis()
+    setting = Setting(1, 20, "LA", whole=False, narrowest="float64")
+    memory = lanczos._solve.lower(setting, op, KEY, 1e-6, 1000, None).compile().memory_analysis()
     assert memory.temp_size_in_bytes / (8 * n) < (20 + 1) + setting.kept + 4
 
 
@@ -270,7 +272,7 @@ def test_bad_arguments_say_what_to_do():
     with pytest.raises(ProblemError, match="k = 0"):
         eigsh(op, 0, key=KEY)
     with pytest.raises(ProblemError, match="'SM'"):
-        lanczos._check(op, 1, "SM", 1e-6, 100, None)
+        check_choice("which", "SM", ("LM", "LA"))
     with pytest.raises(ProblemError, match="tol = nan"):
         eigsh(op, 1, tol=float("nan"), key=KEY)
     with pytest.raises(ProblemError, match="at least 5"):

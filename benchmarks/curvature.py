@@ -1,0 +1,291 @@
+"""What an eigenvalue costs: our Lanczos beside scipy, matfree and the PyTorch tools, at equal true accuracy.
+
+Three networks of 1 to 5 million parameters, float32. Measured in one run, in turn:
+
+* seconds of a product inside eigsh, over one Hessian product in a compiled loop of 20 and the 4 m n itemsize
+  bytes that reorthogonalizing moves, at the bandwidth measured here;
+* seconds and products to sigma_1 at a true relative residual of 1e-6, for ours, scipy's ARPACK and matfree
+  through the same compiled product, and for PyHessian, hessian-eigenthings and curvlinops through PyTorch
+  (`--torch PYTHON`, an interpreter that has them). matfree has no stopping rule: the smallest of a few depths
+  that reaches the residual is timed, the search for it is not. The same for the PyTorch tools;
+* memory of the compiled programs at k = 20 wanted pairs;
+* scaling over parameters and Krylov dimension.
+
+    python -m benchmarks.curvature [--torch PYTHON] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.sparse.linalg
+from jax.tree_util import Partial
+from matfree import decomp
+
+from benchmarks import _curvature_models as cm
+from benchmarks._harness import RESULTS, paired, save, seconds
+from specdef_jax import curvature as cv
+from specdef_jax.curvature import lanczos
+from specdef_jax.curvature.operators import Operator, flattened
+from specdef_jax.curvature.restart import Setting
+
+KEY = jax.random.key(0)
+TOL = 1e-6
+M = 20
+DEPTHS = (10, 15, 20, 30, 40, 60, 80, 120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument(
+        "--torch", type=Path, help="interpreter with torch, PyHessian, hessian-eigenthings, curvlinops"
+    )
+    parser.add_argument("--quick", action="store_true", help="one network, two repeats; not saved")
+    options = parser.parse_args()
+    repeats = 2 if options.quick else 7
+    models = cm.models()
+    if options.quick:
+        models = {"mlp": models["mlp"]}
+    speed = bandwidth()
+    rows = []
+    for name, model in models.items():
+        op = cv.hessian(model.loss, model.params, *model.args)
+        row: dict[str, Any] = {"network": name, "parameters": op.size}
+        row |= product_cost(op, speed, repeats) | to_tolerance(op, repeats) | memory(op)
+        if options.torch:
+            row["torch"] = in_torch(options.torch, name, model, float(model.loss(model.params, *model.args)))
+        rows.append(row)
+        print(json.dumps(row, indent=1), flush=True)
+    if not options.quick:
+        curve = scaling(repeats)
+        save(
+            "curvature",
+            {"tol": TOL, "krylov": M, "repeats": repeats, "bandwidth": speed},
+            rows,
+            {"scaling": curve},
+        )
+        draw(rows, curve)
+
+
+def bandwidth(entries: int = 1 << 26) -> float:
+    """Return bytes per second of y + a x over arrays beyond the cache, two reads and a write."""
+    x, y = jnp.ones(entries, jnp.float32), jnp.ones(entries, jnp.float32)
+    triad = jax.jit(lambda x, y: y + 2.5 * x)
+    triad(x, y).block_until_ready()
+    return 12 * entries / min(seconds(lambda: triad(x, y).block_until_ready()) for _ in range(9))
+
+
+def product_cost(op: Operator, speed: float, repeats: int) -> dict[str, Any]:
+    """Time a product inside eigsh against a bare one and the traffic of its two Gram-Schmidt sweeps."""
+    start = jnp.ones(op.size, op.dtype) / np.sqrt(op.size)
+    flat = flattened(op)
+
+    @partial(jax.jit, static_argnames="count")
+    def bare(op: Operator, v: jax.Array, count: int) -> jax.Array:
+        def step(_: int, v: jax.Array) -> jax.Array:
+            z = op.mv(v)
+            return z / jnp.sqrt(jnp.sum(z * z))
+
+        return jax.lax.fori_loop(0, count, step, v)
+
+    budget = 10 * M + 1
+
+    def ours() -> Any:
+        return jax.block_until_ready(cv.eigsh(op, 1, "SA", 0.0, key=KEY, max_matvecs=budget))
+
+    def loop() -> Any:
+        return jax.block_until_ready(bare(flat, start, M))
+
+    spent = int(ours().matvecs)
+    loop()
+    timed = paired(ours, loop, repeats)
+    traffic = 4 * M * op.size * op.dtype.itemsize / speed
+    model = timed.b / M + traffic
+    return {
+        "product_seconds": timed.b / M,
+        "traffic_seconds": traffic,
+        "eigsh_seconds_per_product": timed.a / spent,
+        "cost_ratio": timed.a / spent / model,
+    }
+
+
+def to_tolerance(op: Operator, repeats: int) -> dict[str, Any]:
+    """Time ours, ARPACK and matfree to sigma_1 at the same true residual."""
+    flat = flattened(op)
+    product = jax.jit(lambda op, v: op.mv(v))
+    count = [0]
+
+    def matvec(v: np.ndarray) -> np.ndarray:
+        count[0] += 1
+        return np.asarray(product(flat, jnp.asarray(v.astype(np.float32).ravel())))
+
+    peer = scipy.sparse.linalg.LinearOperator((op.size, op.size), matvec, dtype=np.float32)
+
+    def true(v: Any) -> float:
+        v = jnp.asarray(v, jnp.float32)
+        v = v / jnp.linalg.norm(v)
+        z = product(flat, v)
+        return float(jnp.linalg.norm(z - jnp.vdot(v, z) * v) / jnp.linalg.norm(z))
+
+    def ours() -> Any:
+        return jax.block_until_ready(cv.eigsh(op, 1, "LM", TOL, key=KEY))
+
+    def arpack() -> Any:
+        return scipy.sparse.linalg.eigsh(peer, 1, which="LM", tol=TOL, ncv=M, v0=np.ones(op.size, np.float32))
+
+    found = ours()
+    row: dict[str, Any] = {
+        "ours": {
+            "products": int(found.matvecs), "residual": float(found.residuals[0] / found.norm),
+            "status": found.status.name, "value": float(found.values[0]),
+        }
+    }  # fmt: skip
+    count[0] = 0
+    value, vector = arpack()
+    row["scipy"] = {"products": count[0], "residual": true(vector[:, 0]), "value": float(value[0])}
+    timed = paired(ours, arpack, repeats)
+    row["ours"]["seconds"], row["scipy"]["seconds"] = timed.a, timed.b
+    row["scipy"]["ours_over_peer"] = timed.ratio
+    start = jax.random.normal(KEY, (op.size,), jnp.float32)
+    for depth in DEPTHS:
+        run = matfree_run(depth)
+        theta, vector = jax.block_until_ready(run(flat, start))
+        rest = true(vector)
+        if rest <= TOL or depth == DEPTHS[-1]:
+            timed = paired(ours, lambda run=run: jax.block_until_ready(run(flat, start)), repeats)
+            row["matfree"] = {
+                "products": depth, "residual": rest, "value": float(theta), "seconds": timed.b,
+                "ours_over_peer": timed.ratio, "reached": rest <= TOL,
+            }  # fmt: skip
+            break
+    return row
+
+
+def matfree_run(depth: int) -> Callable[[Operator, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return a compiled run of matfree's Lanczos and the Ritz vector of largest magnitude."""
+    tridiagonal = decomp.tridiag_sym(depth, materialize=True, reortho="full")
+
+    @jax.jit
+    def run(op: Operator, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = tridiagonal(lambda v, op: op.mv(v), start, op)
+        theta, vectors = jnp.linalg.eigh(found.J_small)
+        best = jnp.argmax(jnp.abs(theta))
+        return theta[best], found.Q_tall @ vectors[:, best]
+
+    return run
+
+
+def memory(op: Operator, k: int = 20) -> dict[str, Any]:
+    """Return bytes of temporaries at k pairs, in vectors; ARPACK's follow from its interface."""
+    flat = flattened(op)
+    m = max(20, 2 * k + 10)
+    setting = Setting(k, m, "LM", whole=False, narrowest="float32")
+    ours = lanczos._solve.lower(setting, flat, KEY, TOL, 1000, None).compile().memory_analysis()
+    start = jnp.ones(op.size, jnp.float32)
+    peer = matfree_all(m, k).lower(flat, start).compile().memory_analysis()
+    unit = op.size * 4
+    vectors = {
+        "ours": (ours.temp_size_in_bytes + ours.output_size_in_bytes) / unit,
+        "matfree": (peer.temp_size_in_bytes + peer.output_size_in_bytes) / unit,
+        "scipy": m + k + 5.0,  # v (m), workd (3), resid, a copy, and the vectors returned
+    }
+    return {"memory": {"pairs": k, "krylov": m, "vectors": vectors}}
+
+
+def matfree_all(depth: int, k: int) -> Any:
+    """Return a compiled run of matfree's Lanczos that gives k Ritz vectors."""
+    tridiagonal = decomp.tridiag_sym(depth, materialize=True, reortho="full")
+
+    @jax.jit
+    def run(op: Operator, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = tridiagonal(lambda v, op: op.mv(v), start, op)
+        theta, vectors = jnp.linalg.eigh(found.J_small)
+        order = jnp.argsort(-jnp.abs(theta))[:k]
+        return theta[order], found.Q_tall @ vectors[:, order]
+
+    return run
+
+
+def in_torch(python: Path, name: str, model: cm.Model, loss: float) -> dict[str, Any]:
+    """Run the PyTorch peers on the same numbers, alone on the machine."""
+    x, y = (np.asarray(a) for a in model.args)
+    arrays = {f"p:{n}": np.asarray(v) for n, v in model.params.items()}
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        np.savez(file, x=x, y=y, kind=name, heads=model.heads, tol=TOL, **arrays)
+        file.flush()
+        script = Path(__file__).with_name("_torch_peers.py")
+        command = [str(python), str(script), file.name, str(os.cpu_count())]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    if abs(found["loss"] - loss) > 1e-4 * abs(loss):
+        raise RuntimeError(f"{name}: the loss is {found['loss']} in PyTorch, {loss} here")
+    return found
+
+
+def scaling(repeats: int) -> list[dict[str, Any]]:
+    """Time products of eigsh over sizes and Krylov dimensions, the operator itself next to free."""
+    rows = []
+    for size in (10**5, 3 * 10**5, 10**6, 3 * 10**6, 10**7):
+        for m in (10, 20, 40, 80):
+            diagonal = jnp.linspace(0.0, 1.0, size, dtype=jnp.float32)
+            op = cv.linear(Partial(jnp.multiply, diagonal), jax.ShapeDtypeStruct((size,), jnp.float32))
+            budget = 5 * m + 1
+
+            def run(op: Operator = op, m: int = m, budget: int = budget) -> Any:
+                return jax.block_until_ready(
+                    cv.eigsh(op, 1, "LA", 0.0, key=KEY, max_matvecs=budget, krylov=m)
+                )
+
+            spent = int(run().matvecs)
+            took = min(seconds(run) for _ in range(min(repeats, 3)))
+            rows.append({"parameters": size, "krylov": m, "seconds_per_product": took / spent})
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], curve: list[dict[str, Any]]) -> None:
+    """Draw time to tolerance by tool, and the scaling."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    names = [row["network"] for row in rows]
+    bars: dict[str, list[float]] = {
+        tool: [row[tool]["seconds"] for row in rows] for tool in ("ours", "scipy", "matfree")
+    }
+    for i, row in enumerate(rows):
+        for peer in row.get("torch", {}).get("rows", []):
+            bars.setdefault(peer["peer"], [np.nan] * len(rows))[i] = peer.get("seconds", np.nan)
+    width = 0.8 / len(bars)
+    for j, (tool, values) in enumerate(bars.items()):
+        left.bar(np.arange(len(names)) + j * width - 0.4 + width / 2, values, width, label=tool)
+    left.set_xticks(range(len(names)), names)
+    left.set_yscale("log")
+    left.set_ylabel(f"seconds to a true residual of {TOL:g}")
+    left.legend(frameon=False, fontsize=8)
+    for m in sorted({row["krylov"] for row in curve}):
+        mine = [row for row in curve if row["krylov"] == m]
+        right.loglog(
+            [r["parameters"] for r in mine],
+            [r["seconds_per_product"] for r in mine],
+            marker="o",
+            label=f"m = {m}",
+        )
+    right.set_xlabel("parameters")
+    right.set_ylabel("seconds per product, operator free")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / "curvature.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The user's own functions, named on the command line as module:function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from specdef_jax.errors import ProblemError
+
+
+def imported(reference: str) -> Any:
+    """Return the attribute that "module:attribute" names; the working directory is searched too.
+
+    Raises:
+      ProblemError: the reference is malformed, the module cannot be imported, or has no such attribute.
+    """
+    module, colon, attribute = reference.partition(":")
+    if not (module and colon and attribute):
+        raise ProblemError(f"{reference!r} is no module:function; write for example mylosses:loss.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:
+        raise ProblemError(f"the module of {reference!r} cannot be imported: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ProblemError(f"{module} has no {attribute!r}; look at its spelling.")
+        found = getattr(found, part)
+    return found

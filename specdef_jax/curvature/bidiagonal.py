@@ -1,0 +1,147 @@
+"""One cycle of thick-restart Golub-Kahan-Lanczos: extend both bases, rotate them, measure (see singular.py).
+
+With right vectors V and left vectors U, at the top of a cycle A V[:kept] = U[:kept] B[:kept, :kept] and
+A^T U[:kept] = V[:kept + 1] B[:kept, :kept + 1]^T. Everything is measured by two Gram-Schmidt sweeps. What the
+run decides from it, State and decide of thick_restart.py, is the same as for eigenvalues.
+
+Source: Baglama and Reichel, SIAM J. Sci. Comput. 27 (2005) 19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from specdef_jax import trees
+from specdef_jax.curvature import basis as bs
+from specdef_jax.curvature.thick_restart import Setting, State
+
+Product = Callable[[PyTree], PyTree]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bases:
+    """m + 1 right vectors, m left ones, and the true residuals of the k pairs: A v - s u, A^T u - s v."""
+
+    right: PyTree
+    left: PyTree
+    sides: Float[Array, "2 k"]
+
+
+def extend(
+    setting: Setting, product: Product, adjoint: Product, key: PRNGKeyArray, state: State, bases: Bases
+) -> tuple[State, Bases]:
+    """Take steps from right vector `kept` to the last one."""
+    m = setting.m
+    eps = jnp.finfo(state.beta.dtype).eps
+    rows, cols = jnp.arange(m), jnp.arange(m + 1)
+
+    def step(carry: tuple[Array, State, Bases]) -> tuple[Array, State, Bases]:
+        j, state, bases = carry
+        sub = jax.random.fold_in(key, state.matvecs)
+        vector = _unit(bs.row(bases.right, j), bases.right, cols < j, state.vacant, state.raw, sub)
+        right = bs.set_row(bases.right, j, vector)
+
+        image = product(vector)
+        norm = jnp.maximum(state.norm, bs.normalize(image)[1])
+        rest, column = bs.orthogonalize(image, bases.left, rows < j)
+        following, alpha = bs.normalize(rest)
+        lost = alpha <= 10 * eps * norm  # the image lies in the left basis: any new direction serves
+        following = _unit(following, bases.left, rows < j, lost, lost, jax.random.fold_in(sub, 1))
+        column = column.at[j].set(jnp.where(lost, 0, alpha))
+        left = bs.set_row(bases.left, j, following)
+
+        back = adjoint(following)
+        norm = jnp.maximum(norm, bs.normalize(back)[1])
+        rest, found = bs.orthogonalize(back, right, cols <= j)
+        unit, beta = bs.normalize(rest)
+        entries = state.projection.at[:, j].set(column)
+        # <u, A v> as the image says, against <A^T u, v> as the way back does
+        defect = jnp.max(jnp.where(rows <= j, jnp.abs(found[:m] - entries[j]), 0))
+        vacant = beta <= 10 * eps * norm
+        beta = jnp.where(vacant, 0, beta)
+        entries = entries.at[j, j + 1].set(beta, mode="drop")  # predicted; the next step measures it
+        state = replace(
+            state,
+            projection=entries,
+            beta=beta,
+            raw=vacant,
+            vacant=vacant,
+            matvecs=state.matvecs + setting.price,
+            norm=norm,
+            asymmetry=jnp.where(state.reseeded, state.asymmetry, jnp.maximum(state.asymmetry, defect)),
+            finite=jnp.isfinite(beta + jnp.sum(column) + jnp.sum(found)),
+        )
+        return j + 1, state, replace(bases, right=bs.set_row(right, j + 1, unit), left=left)
+
+    def unfinished(carry: tuple[Array, State, Bases]) -> Array:
+        return (carry[0] < m) & carry[1].finite
+
+    _, state, bases = jax.lax.while_loop(unfinished, step, (state.kept, state, bases))
+    return state, bases
+
+
+def _unit(vector: PyTree, basis: PyTree, mask: Array, vacant: Array, raw: Array, key: PRNGKeyArray) -> PyTree:
+    """Return the vector; where vacant, a random one; where raw, made a unit orthogonal to the basis."""
+    vector = jax.lax.cond(vacant, lambda v: trees.normal_like(key, v), lambda v: v, vector)
+    return jax.lax.cond(raw, lambda v: bs.orthonormalize(v, basis, mask), lambda v: v, vector)
+
+
+def rotate(setting: Setting, state: State, bases: Bases) -> tuple[State, Bases]:
+    """Replace both bases by the leading Ritz vectors, and the right vector that follows them."""
+    k, m, kept = setting.k, setting.m, setting.kept
+    left, values, right = jnp.linalg.svd(jnp.where(state.finite, state.projection, 0))
+    coupling = state.beta * left[m - 1] * (not setting.whole)
+    entries = jnp.zeros((m, m), values.dtype).at[jnp.arange(kept), jnp.arange(kept)].set(values[:kept])
+    if kept < m:
+        entries = entries.at[:kept, kept].set(coupling[:kept])
+    beyond = jnp.zeros((), values.dtype)
+    if k < m:
+        estimate = jnp.abs(coupling[k])
+        beyond = jnp.where(estimate > values[k - 1] - values[k], estimate, 0)
+
+    rotated = _replaced(bases.right, jnp.pad(right[:kept], ((0, 0), (0, 1))))
+    rotated = bs.set_row(rotated, kept, bs.row(rotated, m))
+    state = replace(
+        state,
+        projection=entries,
+        kept=jnp.full_like(state.kept, kept),
+        estimates=jnp.abs(coupling[:k]),
+        beyond=beyond,
+    )
+    return state, replace(bases, right=rotated, left=_replaced(bases.left, left[:, :kept].T))
+
+
+def _replaced(basis: PyTree, weights: Array) -> PyTree:
+    ritz = bs.combine(weights, basis)
+    return jax.tree.map(lambda b, r: jax.lax.dynamic_update_slice_in_dim(b, r, 0, 0), basis, ritz)
+
+
+def measure(
+    setting: Setting, product: Product, adjoint: Product, state: State, bases: Bases, tol: Array
+) -> tuple[State, Array, PyTree]:
+    """Measure the true residuals of both sides; return them, and the sum of the right ones that miss tol."""
+
+    def pair(total: PyTree, i: Array) -> tuple[PyTree, tuple[Array, Array]]:
+        v, u = bs.row(bases.right, i), bs.row(bases.left, i)
+        image, back = product(v), adjoint(u)
+        value = bs.dot(u, image) / jnp.sqrt(bs.dot(u, u) * bs.dot(v, v))
+        _, of_left = bs.normalize(jax.tree.map(lambda z, x: z - value * x, image, u))
+        residual, of_right = bs.normalize(jax.tree.map(lambda z, x: z - value * x, back, v))
+        norm = jnp.where(state.norm > 0, state.norm, 1)
+        share = jnp.where(of_right > tol * state.norm, of_right / norm, 0)
+        total = jax.tree.map(lambda t, r: t + share * r, total, residual)
+        return total, (value, jnp.stack([of_left, of_right]))
+
+    nothing = jax.tree.map(jnp.zeros_like, bs.row(bases.right, 0))
+    total, (values, sides) = jax.lax.scan(pair, nothing, jnp.arange(setting.k))
+    finite = state.finite & jnp.all(jnp.isfinite(values + jnp.sum(sides, axis=1)))
+    matvecs = state.matvecs + setting.price * setting.k
+    residuals = jnp.max(sides, axis=1)
+    state = replace(state, values=values, residuals=residuals, finite=finite, matvecs=matvecs)
+    return state, sides.T, total
