@@ -1,6 +1,8 @@
 """What every test runs under: eight virtual CPU devices, float64, checked shapes, repeatable examples."""
 
+import itertools
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Before jax is imported. More devices than cores, so that a sharding that does not divide is seen.
@@ -20,6 +22,18 @@ install_import_hook("specdef_jax", "tests.typecheck.check")
 hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+_tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _room_for_programs() -> Iterator[None]:
+    """Forget compiled programs before their memory maps run out; looking takes some milliseconds."""
+    from theory.programs import free_when_many  # after the hook: theory imports the package
+
+    yield
+    if next(_tests_run) % 20 == 0:
+        free_when_many()
 
 
 @pytest.fixture

@@ -10,8 +10,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+def blocks():
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 def test_the_python_example_runs_and_says_what_it_claims(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code, _ = blocks()
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("import")]) <= 12
     names = {}
     with jax.enable_x64(False):
@@ -20,6 +24,19 @@ def test_the_python_example_runs_and_says_what_it_claims(capsys):
     assert change < 1e-3
     assert abs(sharp) > 100 * abs(plain)
     assert float(abs(names["restored"]["w1"] - names["params"]["w1"]).max()) < 1e-3
+
+
+def test_the_curvature_example_goes_on_from_it(capsys):
+    names = {}
+    with jax.enable_x64(False):
+        for code in blocks():
+            exec(code, names)
+    assert len(capsys.readouterr().out.splitlines()) >= 4
+    assert names["top"].status.name == names["coupling"].status.name == "CONVERGED"
+    share, stderr = names["spectrum"].share(1e3, 1e9)
+    assert share >= 1 / names["op"].size
+    assert stderr < 1e-3
+    assert float(names["top"].lower_bound) > 1e3
 
 
 def test_numbers_are_those_of_the_committed_results():

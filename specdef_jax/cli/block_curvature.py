@@ -42,8 +42,7 @@ def measure(
     function = imported(loss)
     with jax.enable_x64(True):
         params = jax.tree.map(_double, params)
-        found: Any = imported(data) if data else ()
-        args = tuple(found() if callable(found) else found)
+        args = _arguments(data)
         floats = [name for name, leaf in named_leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         names = chosen(params, where or floats)
         rows = {}
@@ -61,6 +60,13 @@ def measure(
         op = curvature.block(function, params, floats, None, *args)
         spectrum = curvature.density(op, key=key, probes=PROBES, steps=STEPS, axis="log")
     return rows, spectrum
+
+
+def _arguments(data: str | None) -> tuple[Any, ...]:
+    if data is None:
+        return ()
+    found = imported(data)
+    return tuple(found()) if callable(found) else tuple(found)
 
 
 def _double(leaf: Any) -> Any:

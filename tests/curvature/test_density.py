@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specdef_jax.curvature import density, diagonal, eigsh, from_matrix, trace
+from specdef_jax.curvature import density, diagonal, eigsh, from_matrix, operators, trace
 from specdef_jax.errors import ProblemError
 from tests.curvature.helpers_spectra import with_spectrum
 
@@ -150,3 +150,16 @@ def test_diagonal_within_its_standard_errors():
         diagonal(from_matrix(np.ones((2, 3)), symmetric=False), key=KEY)
     with pytest.raises(ProblemError, match="probes = 1"):
         trace(from_matrix(matrix), key=KEY, probes=1)
+
+
+def test_the_rule_is_that_of_matfree_from_the_same_vector():
+    from matfree import decomp
+
+    matrix = jnp.asarray(with_spectrum(np.linspace(-1.0, 2.0, N)))
+    found = density(from_matrix(matrix), key=KEY, probes=2, steps=25)
+    for i, key in enumerate(jax.random.split(KEY, 2)):
+        start = operators.random_vector(from_matrix(matrix), key, jnp.float64)
+        peer = decomp.tridiag_sym(25, materialize=True)(lambda v: matrix @ v, start)
+        nodes, vectors = np.linalg.eigh(peer.J_small)
+        np.testing.assert_allclose(found.nodes[i], nodes, atol=1e-12)
+        np.testing.assert_allclose(found.weights[i], vectors[0] ** 2, atol=1e-12)
