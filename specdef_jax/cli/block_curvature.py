@@ -66,7 +66,8 @@ def _arguments(data: str | None) -> tuple[Any, ...]:
     if data is None:
         return ()
     found = imported(data)
-    return tuple(found()) if callable(found) else tuple(found)
+    given: Any = found() if callable(found) else found
+    return tuple(given)
 
 
 def _double(leaf: Any) -> Any:
