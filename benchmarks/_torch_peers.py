@@ -109,7 +109,7 @@ def main() -> None:
         (
             "curvlinops + ARPACK",
             "curvlinops-for-pytorch",
-            curvlinops_arpack(net, x, y, split),
+            curvlinops(net, x, y, split),
             (1e-5, 1e-6, 1e-7),
         ),
     ):

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from specdef_jax.sharding import leading, placed, sharding_of
 
+_COLUMNS = 1 << 14  # of a basis at a time while it is rotated
+
 
 def zeros(count: int, template: PyTree, dtype: DTypeLike) -> PyTree:
     """Return a basis of `count` zero vectors shaped and sharded like `template`."""
@@ -55,6 +57,29 @@ def dot(a: PyTree, b: PyTree) -> Scalar:
 def combine(weights: Float[Array, "*p m"], basis: PyTree) -> PyTree:
     """Return the combinations of the basis vectors with these weights, one tensordot per leaf."""
     return jax.tree.map(lambda b: jnp.tensordot(weights, b, axes=1, precision="highest"), basis)
+
+
+def rotated(basis: PyTree, weights: Float[Array, "p m"], in_place: bool) -> PyTree:
+    """Return the basis with its first p vectors replaced by combinations of all.
+
+    Args:
+      basis: of m vectors.
+      weights: of the combinations.
+      in_place: a few columns at a time, without a second basis: for one array (m, n) on one device. A split
+        axis would be gathered.
+    """
+    if not in_place:
+        mixed = combine(weights, basis)
+        return jax.tree.map(lambda b, r: jax.lax.dynamic_update_slice_in_dim(b, r, 0, 0), basis, mixed)
+
+    def turn(basis: Array, start: Array | int, width: int) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(basis, start, width, axis=1)
+        return jax.lax.dynamic_update_slice(basis, combine(weights, part), (0, start))
+
+    count, rest = divmod(basis.shape[1], _COLUMNS)
+    if count:
+        basis = jax.lax.fori_loop(0, count, lambda i, b: turn(b, i * _COLUMNS, _COLUMNS), basis)
+    return turn(basis, count * _COLUMNS, rest) if rest else basis
 
 
 def normalize(vector: PyTree) -> tuple[PyTree, Scalar]:

@@ -105,8 +105,9 @@ def rotate(setting: Setting, state: State, bases: Bases) -> tuple[State, Bases]:
         estimate = jnp.abs(coupling[k])
         beyond = jnp.where(estimate > values[k - 1] - values[k], estimate, 0)
 
-    rotated = _replaced(bases.right, jnp.pad(right[:kept], ((0, 0), (0, 1))))
+    rotated = bs.rotated(bases.right, jnp.pad(right[:kept], ((0, 0), (0, 1))), setting.in_place)
     rotated = bs.set_row(rotated, kept, bs.row(rotated, m))
+    mixed = bs.rotated(bases.left, left[:, :kept].T, setting.in_place)
     state = replace(
         state,
         projection=entries,
@@ -114,12 +115,7 @@ def rotate(setting: Setting, state: State, bases: Bases) -> tuple[State, Bases]:
         estimates=jnp.abs(coupling[:k]),
         beyond=beyond,
     )
-    return state, replace(bases, right=rotated, left=_replaced(bases.left, left[:, :kept].T))
-
-
-def _replaced(basis: PyTree, weights: Array) -> PyTree:
-    ritz = bs.combine(weights, basis)
-    return jax.tree.map(lambda b, r: jax.lax.dynamic_update_slice_in_dim(b, r, 0, 0), basis, ritz)
+    return state, replace(bases, right=rotated, left=mixed)
 
 
 def measure(

@@ -12,9 +12,10 @@ One cycle extends the basis from `kept` to m vectors, rotates it to the Ritz vec
 the estimates converge, the true residuals are measured and either the run ends or the next cycle starts from
 a seed other than the recurrence's own: the residuals themselves if they miss tol, a random vector if they
 meet it. All of it is one compiled while_loop. On one device vectors are raveled, which compiles several times
-faster than a tree of many leaves; on several they keep the tree and its sharding. Memory: a basis of (m + 1)
-vectors and a temporary of half that while it is rotated; a step costs one product and four passes over the
-basis.
+faster than a tree of many leaves; on several they keep the tree and its sharding. Memory: a basis of m + 1
+vectors, the k returned, and a few more; on several devices a temporary of half the basis while it is rotated.
+A step costs one product and four passes over the basis. Converged pairs stay in the basis, locked there
+without further products.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def eigsh(
     setting = Setting(k, m, which, whole=m == op.size, narrowest=narrowest_of(op))
     if is_spread(op):
         return _solve(setting, op, key, tol, max_matvecs, progress)
+    setting = replace(setting, in_place=True)
     found = _solve(setting, flattened(op), key, tol, max_matvecs, progress)
     return replace(found, vectors=unravel(op.template, found.vectors))
 

@@ -191,7 +191,16 @@ def _flat_transpose(op: Operator, vector: Array) -> Array:
 
 
 def _ravel(tree: PyTree, dtype: DTypeLike) -> Array:
-    return jnp.concatenate([x.astype(dtype).ravel() for x in jax.tree.leaves(tree)])
+    """Return the leaves in one vector, written one by one.
+
+    XLA on CPU fuses a concatenation with the transpositions before it into one loop that branches for every
+    entry: the Hessian product of an MLP took five times as long.
+    """
+    vector, start = jnp.zeros(trees.size(tree), dtype), 0
+    for leaf in jax.tree.leaves(tree):
+        vector = jax.lax.dynamic_update_slice(vector, leaf.astype(dtype).ravel(), (start,))
+        start += leaf.size
+    return vector
 
 
 def _product(op: Operator, tree: PyTree) -> PyTree:

@@ -25,6 +25,7 @@ class Setting:
     whole: bool  # the basis spans the whole space: one cycle is everything there is
     narrowest: str
     price: int = 1  # products that one step, or measuring one pair, costs
+    in_place: bool = False  # vectors are raveled, on one device: a basis can be rotated where it is
 
     @property
     def cycle(self) -> int:

@@ -3,8 +3,8 @@
 The same promises as eigsh: full reorthogonalization of both bases, true residuals on both sides, repeated
 values looked for from a random vector, one compiled loop. Neither A^T A, whose rounding floor is
 eps s_1^2 / s_i, nor [[0, A], [A^T, 0]], which takes twice the vectors, is formed. A transpose that is not
-that of the product shows as `asymmetry`. Memory: m + 1 vectors of the domain and m of the image, and a
-temporary of half the larger of the two.
+that of the product shows as `asymmetry`. Memory: m + 1 vectors of the domain and m of the image, the k
+returned of each, and a few more; on several devices a temporary of half the larger basis.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def _found(
 ) -> Singular:
     if is_spread(op):
         return _solve(setting, op, key, tol, max_matvecs, progress)
+    setting = replace(setting, in_place=True)
     found = _solve(setting, flattened(op), key, tol, max_matvecs, progress)
     return replace(found, right=unravel(op.template, found.right), left=unravel(op.image, found.left))
 

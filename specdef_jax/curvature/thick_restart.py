@@ -83,8 +83,7 @@ def rotate(setting: Setting, state: State, basis: PyTree) -> tuple[State, PyTree
         beyond = jnp.where(estimate > ranks[k - 1] - ranks[k], estimate, 0)
 
     weights = jnp.pad(vectors[:, :kept].T, ((0, 0), (0, 1)))
-    ritz = bs.combine(weights, basis)
-    basis = jax.tree.map(lambda b, r: jax.lax.dynamic_update_slice_in_dim(b, r, 0, 0), basis, ritz)
+    basis = bs.rotated(basis, weights, setting.in_place)
     basis = bs.set_row(basis, kept, bs.row(basis, m))  # from the new basis: reading the old one would copy it
     state = replace(
         state,
