@@ -32,7 +32,9 @@ def main() -> None:
 
 def measured() -> str:
     """Return the section as Markdown."""
-    return "\n".join([certified(), directions(), theory(), deformation(), checkpoints(), race_speed(), ""])
+    return "\n".join(
+        [certified(), directions(), theory(), deformation(), checkpoints(), curvature(), race_speed(), ""]
+    )
 
 
 def certified() -> str:
@@ -199,6 +201,50 @@ def checkpoints() -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def curvature() -> str:
+    """Tell what an eigenvalue costs, and how far sampled spectra are from exact ones."""
+    record = json.loads((RESULTS / "curvature.json").read_text())
+    peers = [row["peer"] for row in record["rows"][0].get("torch", {}).get("rows", [])]
+    lines = [
+        f"Largest Hessian eigenvalue to a true relative residual of {record['config']['tol']:g}, seconds "
+        f"(products); float32, {_machine(record)}. A row's peers ran in turn with ours; those of PyTorch "
+        "after it, on the same numbers:",
+        "",
+        "| network, parameters | ours | scipy | matfree | " + " | ".join(peers) + " | product / model |",
+        "|---|---|---|---|" + "---|" * (len(peers) + 1),
+    ]
+    for row in record["rows"]:
+        cells = [f"{row['network']}, {row['parameters']:,}"]
+        cells += [_timing(row[tool], record["config"]["tol"]) for tool in ("ours", "scipy", "matfree")]
+        cells += [_timing(peer, record["config"]["tol"]) for peer in row.get("torch", {}).get("rows", [])]
+        lines.append("| " + " | ".join([*cells, f"{row['cost_ratio']:.2f}"]) + " |")
+    pairs = record["rows"][0]["memory"]["pairs"]
+    memory = "; ".join(
+        f"{row['network']}: ours {v['ours']:.0f}, ARPACK {v['scipy']:.0f}, matfree {v['matfree']:.0f}"
+        for row in record["rows"]
+        for v in [row["memory"]["vectors"]]
+    )
+    left_out = record["config"].get("networks_left_out")
+    lines += [
+        "",
+        f"In brackets a residual that missed the goal. Model: a bare product and the traffic of "
+        f"orthogonalizing. Memory for {pairs} pairs, in vectors, product included, {memory}: inside one "
+        "compiled loop the activations of the product stay allocated, which ARPACK, calling from outside, "
+        "does not pay." + (f" Not measured yet: {', '.join(left_out)}." if left_out else ""),
+        "",
+        "![Hessian spectra of the bundled networks](benchmarks/results/spectra.svg)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _timing(row: dict[str, Any], tol: float) -> str:
+    if "seconds" not in row:
+        return "failed"
+    missed = "" if row["residual"] <= tol else f" [{row['residual']:.0e}]"
+    return f"{row['seconds']:.2f} ({row['products']}){missed}"
 
 
 def race_speed() -> str:

@@ -113,7 +113,7 @@ def steps_to_target(loss, start, sharp):
     result = sd.race.run(
         loss,
         start,
-        sd.race.FIRST_ORDER,
+        sd.race.DEFAULT,
         sample=Partial(full_batch, *task.args),
         steps=200 if SMALL else 2000,
         step_sizes=sd.race.log_grid(2 / sharp, decades=4 if SMALL else 7, per_decade=1 if SMALL else 2),
@@ -136,7 +136,7 @@ rows["freeze"] = steps_to_target(freeze.problem.loss, freeze.problem.params, sha
 
 fig, ax = plt.subplots()
 position = np.arange(len(rows))
-for shift, name in zip((-0.25, 0, 0.25), sd.race.FIRST_ORDER, strict=True):
+for shift, name in zip((-0.25, 0, 0.25), sd.race.DEFAULT, strict=True):
     ax.bar(position + shift, [row[name] for row in rows.values()], width=0.22, label=name)
 ax.set(yscale="log", ylabel="steps to the target", title="Slower, and undone (a missing bar: not reached)")
 ax.set_xticks(position, list(rows))

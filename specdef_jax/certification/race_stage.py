@@ -49,7 +49,7 @@ def _race_arm(build: Callable[[], arm.Arm], task: Task, config: Config, key: PRN
     center = float(np.median([2 / s for s in sharp]))
     result = race.run_problems(
         one.problems,
-        race.FIRST_ORDER,
+        race.DEFAULT,
         sample=Partial(_all_of_it, *task.args),
         steps=config.steps,
         step_sizes=race.log_grid(center, decades=config.decades, per_decade=config.per_decade),
@@ -154,7 +154,7 @@ def _ratios(rows: dict[str, Any], config: Config) -> list[dict[str, Any]]:
         {"arm": a, "baseline": b, "kind": kind, "optimizer": name}
         | asdict(race.ratio_of_means(_steps(rows[a], name), _steps(rows[b], name), config.steps))
         for a, b, kind in comparisons
-        for name in race.FIRST_ORDER
+        for name in race.DEFAULT
     ]
 
 

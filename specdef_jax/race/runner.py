@@ -202,9 +202,16 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
         params, state = carry
         args = runs.sample(jax.random.fold_in(lane.key, lane.t + i))
         value, grad = jax.value_and_grad(loss)(params, *args)
-        updates, state = optimizer.update(
-            grad, state, params, value=value, grad=grad, value_fn=lambda p: loss(p, *args)
-        )
+
+        def value_fn(p: PyTree) -> Array:
+            return loss(p, *args)
+
+        def hvp(tangent: PyTree) -> PyTree:
+            return jax.jvp(jax.grad(value_fn), (params,), (tangent,))[1]
+
+        # obj_fn is what optax's Hutchinson estimator calls value_fn
+        more = {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "hvp": hvp}
+        updates, state = optimizer.update(grad, state, params, **more)
         return (optax.apply_updates(params, updates), state), value
 
     carry, value = train(0, (lane.problem.params, lane.state))
