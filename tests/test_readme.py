@@ -1,10 +1,13 @@
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+
+from specdef_jax.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,6 +50,16 @@ def test_numbers_are_those_of_the_committed_results():
         sys.path.pop(0)
     section = README.split(readme.START)[1].split(readme.END)[0]
     assert section.strip() == readme.measured().strip()
+
+
+def test_the_commands_for_checkpoints_run_as_written(tmp_path, monkeypatch):
+    commands = [shlex.split(line) for line in re.findall(r"^(specdef .*)$", README, flags=re.MULTILINE)]
+    assert len(commands) >= 5
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    for _, *arguments in commands:
+        with jax.enable_x64(False):
+            assert main(arguments) == 0, arguments
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make ([a-z-]+)", README, flags=re.MULTILINE))
