@@ -80,11 +80,22 @@ def forge_hashes(out: Path) -> None:
 
 
 def flip(name: str, byte: int) -> Callable[[Path], None]:
-    """Flip the lowest bit of one byte of one entry; byte 3 of a float32 holds its exponent."""
+    """Flip a bit of one byte of one entry; byte 0 of a float32 holds the lowest of its significand."""
 
     def apply(tensors: dict[str, np.ndarray]) -> None:
         tensors[name] = tensors[name].copy()
         tensors[name].reshape(-1).view(np.uint8)[4 * (tensors[name].size // 2) + byte] ^= 4
+
+    return lambda out: change(out, apply)
+
+
+def enlarge(name: str) -> Callable[[Path], None]:
+    """Multiply the largest entry by 256, as a flipped bit of its exponent may; a shrunk one does no harm."""
+
+    def apply(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = tensors[name].copy()
+        flat = tensors[name].reshape(-1)
+        flat[np.argmax(np.abs(flat))] *= 256
 
     return lambda out: change(out, apply)
 
@@ -273,8 +284,8 @@ def names_in(shard: Path) -> list[str]:
 
 
 PAIRS = {
-    "a weight": (flip(DOWN, 3), {DOWN}),
-    "a compensation": (flip(DOWN + ".comp", 3), {DOWN}),
+    "a weight": (enlarge(DOWN), {DOWN}),
+    "a compensation": (enlarge(DOWN + ".comp"), {DOWN}),
     "two weights swapped": (swap(Q.format(0), Q.format(1)), {Q.format(0), Q.format(1)}),
     "two pairs swapped": (
         swap(Q.format(0), Q.format(1), Q.format(0) + ".comp", Q.format(1) + ".comp"),
@@ -314,9 +325,9 @@ def test_the_lowest_bit_of_a_weight_changes_its_hash(llama, tampered):
 
 
 GAUGES = {
-    "a value": flip(V.format(0), 3),
-    "a bias": flip(V.format(0).replace("weight", "bias"), 3),
-    "an output": flip("model.layers.0.self_attn.o_proj.weight", 3),
+    "a value": enlarge(V.format(0)),
+    "a bias": enlarge(V.format(0).replace("weight", "bias")),
+    "an output": enlarge("model.layers.0.self_attn.o_proj.weight"),
     "two values swapped": swap(V.format(0), V.format(1)),
     "a feature scaled": lambda out: change(
         out, lambda t: np.multiply(t[V.format(0)][5], 2, t[V.format(0)][5])
@@ -465,7 +476,7 @@ def test_a_quantization_config_cannot_be_hidden_behind_the_manifest(tmp_path: Pa
 def test_a_tensor_cannot_be_hidden_as_the_bias_of_a_gauge(tmp_path: Path):
     source, out = checkpoint("llama_tiny", tmp_path / "in"), tmp_path / "out"
     hub.deform(source, out, SPEC, V.format(0), placement="gauge")
-    flip("lm_head.weight", 3)(out)
+    enlarge("lm_head.weight")(out)
     edit(out / "specdef.json", lambda m: layer(m, V.format(0)).update(bias="lm_head.weight"))
     forge_hashes(out)
     assert not hub.verify(out, source).holds
