@@ -58,6 +58,11 @@ def normal_like(key: PRNGKeyArray, a: PyTree) -> PyTree:
     )
 
 
+def signs(a: PyTree) -> PyTree:
+    """Return 1 or -1 for every entry by its sign; of normals, independent fair signs."""
+    return jax.tree.map(lambda x: jnp.where(x < 0, -1, 1).astype(x.dtype), a)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """Join a JAX key path with "/"; the ".value" that NNX variables add is dropped."""
     parts = [_key_name(entry) for entry in path]

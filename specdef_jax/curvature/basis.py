@@ -12,8 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
+from specdef_jax import trees
 from specdef_jax.sharding import leading, placed, sharding_of
 
 _COLUMNS = 1 << 14  # of a basis at a time while it is rotated
@@ -111,6 +112,14 @@ def orthonormalize(vector: PyTree, basis: PyTree, mask: Array) -> PyTree:
     # normalized in between: what is left after one sweep may be small against its own rounding
     first, _ = normalize(orthogonalize(vector, basis, mask, sweeps=1)[0])
     return normalize(orthogonalize(first, basis, mask)[0])[0]
+
+
+def renewed(
+    vector: PyTree, basis: PyTree, mask: Array, vacant: Array, raw: Array, key: PRNGKeyArray
+) -> PyTree:
+    """Return the vector; where vacant, a random one; where raw, made a unit orthogonal to the basis."""
+    vector = jax.lax.cond(vacant, lambda v: trees.normal_like(key, v), lambda v: v, vector)
+    return jax.lax.cond(raw, lambda v: orthonormalize(v, basis, mask), lambda v: v, vector)
 
 
 def in_dtype(mv: Callable[[PyTree], PyTree], dtype: DTypeLike) -> Callable[[PyTree], PyTree]:

@@ -2,7 +2,7 @@
 
 With right vectors V and left vectors U, at the top of a cycle A V[:kept] = U[:kept] B[:kept, :kept] and
 A^T U[:kept] = V[:kept + 1] B[:kept, :kept + 1]^T. Everything is measured by two Gram-Schmidt sweeps. What the
-run decides from it, State and decide of thick_restart.py, is the same as for eigenvalues.
+run decides from it, in restart.py, is the same as for eigenvalues.
 
 Source: Baglama and Reichel, SIAM J. Sci. Comput. 27 (2005) 19.
 """
@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from specdef_jax import trees
 from specdef_jax.curvature import basis as bs
-from specdef_jax.curvature.thick_restart import Setting, State
+from specdef_jax.curvature.restart import Setting, State, rotated, stepped
 
 Product = Callable[[PyTree], PyTree]
 
@@ -44,7 +43,7 @@ def extend(
     def step(carry: tuple[Array, State, Bases]) -> tuple[Array, State, Bases]:
         j, state, bases = carry
         sub = jax.random.fold_in(key, state.matvecs)
-        vector = _unit(bs.row(bases.right, j), bases.right, cols < j, state.vacant, state.raw, sub)
+        vector = bs.renewed(bs.row(bases.right, j), bases.right, cols < j, state.vacant, state.raw, sub)
         right = bs.set_row(bases.right, j, vector)
 
         image = product(vector)
@@ -52,7 +51,7 @@ def extend(
         rest, column = bs.orthogonalize(image, bases.left, rows < j)
         following, alpha = bs.normalize(rest)
         lost = alpha <= 10 * eps * norm  # the image lies in the left basis: any new direction serves
-        following = _unit(following, bases.left, rows < j, lost, lost, jax.random.fold_in(sub, 1))
+        following = bs.renewed(following, bases.left, rows < j, lost, lost, jax.random.fold_in(sub, 1))
         column = column.at[j].set(jnp.where(lost, 0, alpha))
         left = bs.set_row(bases.left, j, following)
 
@@ -63,20 +62,8 @@ def extend(
         entries = state.projection.at[:, j].set(column)
         # <u, A v> as the image says, against <A^T u, v> as the way back does
         defect = jnp.max(jnp.where(rows <= j, jnp.abs(found[:m] - entries[j]), 0))
-        vacant = beta <= 10 * eps * norm
-        beta = jnp.where(vacant, 0, beta)
-        entries = entries.at[j, j + 1].set(beta, mode="drop")  # predicted; the next step measures it
-        state = replace(
-            state,
-            projection=entries,
-            beta=beta,
-            raw=vacant,
-            vacant=vacant,
-            matvecs=state.matvecs + setting.price,
-            norm=norm,
-            asymmetry=jnp.where(state.reseeded, state.asymmetry, jnp.maximum(state.asymmetry, defect)),
-            finite=jnp.isfinite(beta + jnp.sum(column) + jnp.sum(found)),
-        )
+        finite = jnp.isfinite(beta + jnp.sum(column) + jnp.sum(found))
+        state = stepped(setting, state, entries, j, beta, norm, defect, finite)
         return j + 1, state, replace(bases, right=bs.set_row(right, j + 1, unit), left=left)
 
     def unfinished(carry: tuple[Array, State, Bases]) -> Array:
@@ -86,36 +73,15 @@ def extend(
     return state, bases
 
 
-def _unit(vector: PyTree, basis: PyTree, mask: Array, vacant: Array, raw: Array, key: PRNGKeyArray) -> PyTree:
-    """Return the vector; where vacant, a random one; where raw, made a unit orthogonal to the basis."""
-    vector = jax.lax.cond(vacant, lambda v: trees.normal_like(key, v), lambda v: v, vector)
-    return jax.lax.cond(raw, lambda v: bs.orthonormalize(v, basis, mask), lambda v: v, vector)
-
-
 def rotate(setting: Setting, state: State, bases: Bases) -> tuple[State, Bases]:
     """Replace both bases by the leading Ritz vectors, and the right vector that follows them."""
-    k, m, kept = setting.k, setting.m, setting.kept
+    m, kept = setting.m, setting.kept
     left, values, right = jnp.linalg.svd(jnp.where(state.finite, state.projection, 0))
     coupling = state.beta * left[m - 1] * (not setting.whole)
-    entries = jnp.zeros((m, m), values.dtype).at[jnp.arange(kept), jnp.arange(kept)].set(values[:kept])
-    if kept < m:
-        entries = entries.at[:kept, kept].set(coupling[:kept])
-    beyond = jnp.zeros((), values.dtype)
-    if k < m:
-        estimate = jnp.abs(coupling[k])
-        beyond = jnp.where(estimate > values[k - 1] - values[k], estimate, 0)
-
-    rotated = bs.rotated(bases.right, jnp.pad(right[:kept], ((0, 0), (0, 1))), setting.in_place)
-    rotated = bs.set_row(rotated, kept, bs.row(rotated, m))
+    basis = bs.rotated(bases.right, jnp.pad(right[:kept], ((0, 0), (0, 1))), setting.in_place)
+    basis = bs.set_row(basis, kept, bs.row(basis, m))
     mixed = bs.rotated(bases.left, left[:, :kept].T, setting.in_place)
-    state = replace(
-        state,
-        projection=entries,
-        kept=jnp.full_like(state.kept, kept),
-        estimates=jnp.abs(coupling[:k]),
-        beyond=beyond,
-    )
-    return state, replace(bases, right=rotated, left=mixed)
+    return rotated(setting, state, values, coupling), replace(bases, right=basis, left=mixed)
 
 
 def measure(

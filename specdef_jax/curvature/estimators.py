@@ -97,7 +97,7 @@ def _sampled_diagonal(op: Operator, key: PRNGKeyArray, probes: int) -> tuple[PyT
     def add(i: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         mean, squares = carry
         normals = random_vector(op, jax.random.fold_in(key, i), dtype)
-        signs = jax.tree.map(lambda x: jnp.where(x < 0, -1, 1).astype(dtype), normals)
+        signs = trees.signs(normals)
         sample = jax.tree.map(jnp.multiply, signs, bs.in_dtype(op.mv, dtype)(signs))
         away = jax.tree.map(jnp.subtract, sample, mean)
         mean = jax.tree.map(lambda m, d: m + d / (i + 1), mean, away)  # Welford's update

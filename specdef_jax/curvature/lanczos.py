@@ -77,10 +77,10 @@ def eigsh(
         raise ProblemError(f"eigsh needs a symmetric operator, this {op.kind} is not; use svds.")
     check_choice("which", which, ("LM", "LA", "SA"))
     m = check(op.size, k, tol, max_matvecs, krylov)
-    setting = Setting(k, m, which, whole=m == op.size, narrowest=narrowest_of(op))
-    if is_spread(op):
+    spread = is_spread(op)
+    setting = Setting(k, m, which, whole=m == op.size, narrowest=narrowest_of(op), in_place=not spread)
+    if spread:
         return _solve(setting, op, key, tol, max_matvecs, progress)
-    setting = replace(setting, in_place=True)
     found = _solve(setting, flattened(op), key, tol, max_matvecs, progress)
     return replace(found, vectors=unravel(op.template, found.vectors))
 

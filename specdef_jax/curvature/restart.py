@@ -101,6 +101,60 @@ def start(setting: Setting, dtype: Any) -> State:
     )
 
 
+def stepped(
+    setting: Setting,
+    state: State,
+    entries: Float[Array, "m m"],
+    j: Array,
+    beta: Array,
+    norm: Array,
+    defect: Array,
+    finite: Array,
+) -> State:
+    """Return the state after step j, which measured column j of the projection and coupled on by beta."""
+    vacant = beta <= 10 * jnp.finfo(beta.dtype).eps * norm  # an invariant subspace: what is left is rounding
+    beta = jnp.where(vacant, 0, beta)
+    return replace(
+        state,
+        projection=entries.at[j, j + 1].set(beta, mode="drop"),  # predicted; the next step measures it
+        beta=beta,
+        raw=vacant,
+        vacant=vacant,
+        matvecs=state.matvecs + setting.price,
+        norm=norm,
+        asymmetry=jnp.where(state.reseeded, state.asymmetry, jnp.maximum(state.asymmetry, defect)),
+        finite=finite,
+    )
+
+
+def rotated(
+    setting: Setting, state: State, values: Float[Array, " m"], coupling: Float[Array, " m"]
+) -> State:
+    """Return the state once the basis holds the leading Ritz vectors.
+
+    Args:
+      setting: of the run.
+      state: before.
+      values: Ritz values, the best first.
+      coupling: of each Ritz vector to the vector that follows the basis.
+    """
+    k, m, kept = setting.k, setting.m, setting.kept
+    entries = jnp.zeros((m, m), values.dtype).at[jnp.arange(kept), jnp.arange(kept)].set(values[:kept])
+    if kept < m:
+        entries = entries.at[:kept, kept].set(coupling[:kept])
+    beyond = jnp.zeros((), values.dtype)
+    if k < m:
+        ranks, estimate = setting.rank(values), jnp.abs(coupling[k])
+        beyond = jnp.where(estimate > ranks[k - 1] - ranks[k], estimate, 0)
+    return replace(
+        state,
+        projection=entries,
+        kept=jnp.full_like(state.kept, kept),
+        estimates=jnp.abs(coupling[:k]),
+        beyond=beyond,
+    )
+
+
 class View(NamedTuple):
     """What the recurrence says after a cycle.
 

@@ -53,9 +53,20 @@ _ADVICE = {
 }
 
 
+class _Run:
+    """What the results of a run share."""
+
+    code: Int[Array, ""]
+
+    @property
+    def status(self) -> Status:
+        """The status; reads the value from the device, so not available under jit."""
+        return Status(int(self.code))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Eigen:
+class Eigen(_Run):
     """Eigenpairs of a symmetric operator A; every residual is measured, not inferred.
 
     Attributes:
@@ -87,11 +98,6 @@ class Eigen:
     narrowest: str = field(metadata={"static": True})
 
     @property
-    def status(self) -> Status:
-        """The status; reads the value from the device, so not available under jit."""
-        return Status(int(self.code))
-
-    @property
     def lower_bound(self) -> Float[Array, ""]:
         """A lower bound on ||A|| = sigma_1: the largest |value|, less its rounding (see lower_bound)."""
         size = sum(leaf[0].size for leaf in jax.tree.leaves(self.vectors))
@@ -100,7 +106,7 @@ class Eigen:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Singular:
+class Singular(_Run):
     """Singular triplets of an operator A, largest first; every residual is measured, not inferred.
 
     Attributes:
@@ -131,11 +137,6 @@ class Singular:
     matvecs: Int[Array, ""]
     code: Int[Array, ""]
     narrowest: str = field(metadata={"static": True})
-
-    @property
-    def status(self) -> Status:
-        """The status; reads the value from the device, so not available under jit."""
-        return Status(int(self.code))
 
     @property
     def lower_bound(self) -> Float[Array, ""]:

@@ -61,7 +61,9 @@ def svds(
     rows, cols = op.shape
     m = check(min(rows, cols), k, tol, max_matvecs, krylov, price=2)
     narrowest = min(narrowest_of(op), narrowest_of(op.T), key=lambda name: jnp.finfo(name).nmant)
-    setting = Setting(k, m, "LA", whole=m == min(rows, cols), narrowest=narrowest, price=2)
+    setting = Setting(
+        k, m, "LA", whole=m == min(rows, cols), narrowest=narrowest, price=2, in_place=not is_spread(op)
+    )
     if cols > rows:  # a basis that fills the domain is then the end
         return _mirrored(_found(setting, op.T, key, tol, max_matvecs, progress))
     return _found(setting, op, key, tol, max_matvecs, progress)
@@ -80,9 +82,8 @@ def _mirrored(found: Singular) -> Singular:
 def _found(
     setting: Setting, op: Operator, key: PRNGKeyArray, tol: float, max_matvecs: int, progress: Any
 ) -> Singular:
-    if is_spread(op):
+    if not setting.in_place:
         return _solve(setting, op, key, tol, max_matvecs, progress)
-    setting = replace(setting, in_place=True)
     found = _solve(setting, flattened(op), key, tol, max_matvecs, progress)
     return replace(found, right=unravel(op.template, found.right), left=unravel(op.image, found.left))
 

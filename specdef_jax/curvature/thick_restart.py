@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from specdef_jax import trees
 from specdef_jax.curvature import basis as bs
-from specdef_jax.curvature.restart import Setting, State
+from specdef_jax.curvature.restart import Setting, State, rotated, stepped
 
 
 def extend(
@@ -23,41 +22,22 @@ def extend(
 ) -> tuple[State, PyTree]:
     """Take Lanczos steps from vector `kept` to the last one."""
     m = setting.m
-    eps = jnp.finfo(state.beta.dtype).eps
 
     def step(carry: tuple[Array, State, PyTree]) -> tuple[Array, State, PyTree]:
         j, state, basis = carry
         index = jnp.arange(m + 1)
         sub = jax.random.fold_in(key, state.matvecs)
-        vector = bs.row(basis, j)
-        vector = jax.lax.cond(state.vacant, lambda v: trees.normal_like(sub, v), lambda v: v, vector)
-        vector = jax.lax.cond(
-            state.raw, lambda v: bs.orthonormalize(v, basis, index < j), lambda v: v, vector
-        )
+        vector = bs.renewed(bs.row(basis, j), basis, index < j, state.vacant, state.raw, sub)
         basis = bs.set_row(basis, j, vector)
         image = product(vector)
         norm = jnp.maximum(state.norm, bs.normalize(image)[1])
         rest, column = bs.orthogonalize(image, basis, index <= j)
         following, beta = bs.normalize(rest)
         finite = jnp.isfinite(beta + jnp.sum(column))
-        vacant = beta <= 10 * eps * norm  # an invariant subspace: what is left is rounding
-        beta = jnp.where(vacant, 0, beta)
-
         column, entries = column[:m], state.projection
         defect = jnp.max(jnp.where(jnp.arange(m) < j, jnp.abs(column - entries[:, j]), 0))
         entries = entries.at[:, j].set(column).at[j, :].set(column)
-        entries = entries.at[j, j + 1].set(beta, mode="drop")  # predicted; the next step measures it
-        state = replace(
-            state,
-            projection=entries,
-            beta=beta,
-            raw=vacant,
-            vacant=vacant,
-            matvecs=state.matvecs + 1,
-            norm=norm,
-            asymmetry=jnp.where(state.reseeded, state.asymmetry, jnp.maximum(state.asymmetry, defect)),
-            finite=finite,
-        )
+        state = stepped(setting, state, entries, j, beta, norm, defect, finite)
         return j + 1, state, bs.set_row(basis, j + 1, following)
 
     def unfinished(carry: tuple[Array, State, PyTree]) -> Array:
@@ -69,30 +49,15 @@ def extend(
 
 def rotate(setting: Setting, state: State, basis: PyTree) -> tuple[State, PyTree]:
     """Replace the basis by its best Ritz vectors and the vector that follows them."""
-    k, m, kept = setting.k, setting.m, setting.kept
+    m, kept = setting.m, setting.kept
     theta, vectors = jnp.linalg.eigh(jnp.where(state.finite, state.projection, 0))
     order = jnp.argsort(setting.rank(theta), descending=True)
     theta, vectors = theta[order], vectors[:, order]
     coupling = state.beta * vectors[m - 1] * (not setting.whole)
-    entries = jnp.zeros((m, m), theta.dtype).at[jnp.arange(kept), jnp.arange(kept)].set(theta[:kept])
-    if kept < m:
-        entries = entries.at[:kept, kept].set(coupling[:kept])
-    beyond = jnp.zeros((), theta.dtype)
-    if k < m:
-        ranks, estimate = setting.rank(theta), jnp.abs(coupling[k])
-        beyond = jnp.where(estimate > ranks[k - 1] - ranks[k], estimate, 0)
-
     weights = jnp.pad(vectors[:, :kept].T, ((0, 0), (0, 1)))
     basis = bs.rotated(basis, weights, setting.in_place)
     basis = bs.set_row(basis, kept, bs.row(basis, m))  # from the new basis: reading the old one would copy it
-    state = replace(
-        state,
-        projection=entries,
-        kept=jnp.full_like(state.kept, kept),
-        estimates=jnp.abs(coupling[:k]),
-        beyond=beyond,
-    )
-    return state, basis
+    return rotated(setting, state, theta, coupling), basis
 
 
 def measure(

@@ -74,7 +74,7 @@ def adahessian(
         following, *keys = jax.random.split(state.key, probes + 1)
 
         def estimate(key: PRNGKeyArray) -> PyTree:
-            signs = rademacher_like(key, updates)
+            signs = trees.signs(trees.normal_like(key, updates))
             return jax.tree.map(jnp.multiply, signs, hvp(signs))
 
         diagonal = estimate(keys[0])
@@ -93,9 +93,3 @@ def adahessian(
         return jax.tree.map(step, mu, nu), AdaHessianState(count, mu, nu, following)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def rademacher_like(key: PRNGKeyArray, tree: PyTree) -> PyTree:
-    """Draw a tree of independent signs."""
-    normals = trees.normal_like(key, tree)
-    return jax.tree.map(lambda x: jnp.where(x < 0, -1, 1).astype(x.dtype), normals)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from specdef_jax.errors import ProblemError, SpecError
@@ -34,6 +36,24 @@ def need_params(params: PyTree | None, optimizer: str) -> PyTree:
     if params is None:
         raise ProblemError(f"{optimizer} needs the parameters: update(grads, state, params, ...).")
     return params
+
+
+def gain_ratio(
+    extra: Mapping[str, Any], params: PyTree | None, step: PyTree, predicted: Array, optimizer: str
+) -> Array:
+    """Return the decrease of the loss by a step over the one a model predicted; -inf where it is not finite.
+
+    Raises:
+      ProblemError: value, value_fn or the parameters are missing.
+    """
+    value, value_fn = needed(extra, optimizer, "value", "value_fn")
+    actual = value - value_fn(jax.tree.map(jnp.add, need_params(params, optimizer), step))
+    return jnp.where(jnp.isfinite(actual), actual, -jnp.inf) / jnp.where(predicted > 0, predicted, 1)
+
+
+def like(updates: PyTree, step: PyTree) -> PyTree:
+    """Return a step in the dtypes of the updates."""
+    return jax.tree.map(lambda p, g: p.astype(g.dtype), step, updates)
 
 
 def check_positive(**values: float) -> None:

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from specdef_jax import trees
-from specdef_jax.optim.arguments import Product, check_positive, need_params, needed
+from specdef_jax.optim.arguments import Product, check_positive, gain_ratio, like, needed
 
 
 class CubicState(NamedTuple):
@@ -62,15 +62,12 @@ def cubic_newton(
         step, predicted = cubic_step(hvp, updates, state.sigma, m)
         count = state.steps + 1
         if not adapt:
-            return _like(step, updates), CubicState(count, state.sigma, state.ratio)
-        value, value_fn = needed(extra, "cubic_newton", "value", "value_fn")
-        at = need_params(params, "cubic_newton")
-        actual = value - value_fn(jax.tree.map(jnp.add, at, step))
-        ratio = jnp.where(jnp.isfinite(actual), actual, -jnp.inf) / jnp.where(predicted > 0, predicted, 1)
+            return like(updates, step), CubicState(count, state.sigma, state.ratio)
+        ratio = gain_ratio(extra, params, step, predicted, "cubic_newton")
         factor = jnp.where(ratio > 0.9, 0.5, jnp.where(ratio < 0.1, 2.0, 1.0))
         following = jnp.maximum(state.sigma * factor, smallest).astype(state.sigma.dtype)
         step = jax.tree.map(lambda p: jnp.where(ratio > 0, p, 0), step)
-        return _like(step, updates), CubicState(count, following, ratio.astype(following.dtype))
+        return like(updates, step), CubicState(count, following, ratio.astype(following.dtype))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -154,7 +151,3 @@ def _lanczos(hvp: Product, start: PyTree, m: int) -> tuple[PyTree, Float[Array, 
 
     basis, matrix = jax.lax.fori_loop(0, m, step, (basis, jnp.zeros((m, m), dtype)))
     return jax.tree.map(lambda b: b[:m], basis), matrix
-
-
-def _like(step: PyTree, updates: PyTree) -> PyTree:
-    return jax.tree.map(lambda p, g: p.astype(g.dtype), step, updates)

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from specdef_jax import trees
-from specdef_jax.optim.arguments import check_positive, need_params, needed
+from specdef_jax.optim.arguments import check_positive, gain_ratio, like, needed
 from specdef_jax.optim.conjugate_gradient import truncated_cg
 
 
@@ -75,22 +75,14 @@ def damped_gauss_newton(
         )
         step, count = found.step, state.steps + 1
         if not adapt:
-            return _like(step, updates), DampedState(count, scale, state.ratio, found.products)
-        value, value_fn = needed(extra, "damped_gauss_newton", "value", "value_fn")
-        at = need_params(params, "damped_gauss_newton")
+            return like(updates, step), DampedState(count, scale, state.ratio, found.products)
         predicted = -(trees.inner(updates, step) + trees.inner(step, gnvp(step)) / 2)
-        actual = value - value_fn(jax.tree.map(jnp.add, at, step))
-        ratio = jnp.where(jnp.isfinite(actual), actual, -jnp.inf) / jnp.where(predicted > 0, predicted, 1)
-        taken = ratio > 0
+        ratio = gain_ratio(extra, params, step, predicted, "damped_gauss_newton")
         factor = jnp.where(ratio > 0.75, 1 / 3, jnp.where(ratio < 0.25, 2.0, 1.0))
         following = jnp.clip(scale * factor, smallest, largest).astype(scale.dtype)
-        step = jax.tree.map(lambda p: jnp.where(taken, p, 0), step)
-        return _like(step, updates), DampedState(
+        step = jax.tree.map(lambda p: jnp.where(ratio > 0, p, 0), step)
+        return like(updates, step), DampedState(
             count, following, ratio.astype(scale.dtype), found.products + 1
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _like(step: PyTree, updates: PyTree) -> PyTree:
-    return jax.tree.map(lambda p, g: p.astype(g.dtype), step, updates)
