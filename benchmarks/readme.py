@@ -226,13 +226,12 @@ def curvature() -> str:
         for row in record["rows"]
         for v in [row["memory"]["vectors"]]
     )
-    left_out = record["config"].get("networks_left_out")
     lines += [
         "",
         f"In brackets a residual that missed the goal. Model: a bare product and the traffic of "
         f"orthogonalizing. Memory for {pairs} pairs, in vectors, product included, {memory}: inside one "
         "compiled loop the activations of the product stay allocated, which ARPACK, calling from outside, "
-        "does not pay." + (f" Not measured yet: {', '.join(left_out)}." if left_out else ""),
+        "does not pay.",
         "",
         "![Hessian spectra of the bundled networks](benchmarks/results/spectra.svg)",
         "",
