@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import PRNGKeyArray
 
 from specdef_jax import attacks, race
@@ -50,7 +49,7 @@ def _race_arm(build: Callable[[], arm.Arm], task: Task, config: Config, key: PRN
     result = race.run_problems(
         one.problems,
         race.DEFAULT,
-        sample=Partial(_all_of_it, *task.args),
+        sample=race.full_batch(*task.args),
         steps=config.steps,
         step_sizes=race.log_grid(center, decades=config.decades, per_decade=config.per_decade),
         target=config.target,
@@ -160,7 +159,3 @@ def _ratios(rows: dict[str, Any], config: Config) -> list[dict[str, Any]]:
 
 def _steps(row: dict[str, Any], optimizer: str) -> np.ndarray:
     return np.asarray(row["optimizers"][optimizer]["steps"], float)
-
-
-def _all_of_it(*args_and_key: Any) -> tuple[Any, ...]:
-    return args_and_key[:-1]

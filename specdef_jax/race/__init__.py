@@ -5,8 +5,18 @@ from specdef_jax.race.driver import run, run_problems
 from specdef_jax.race.grid import log_grid
 from specdef_jax.race.optimizers import DEFAULT, FIRST_ORDER, SECOND_ORDER, adam, momentum, sgd
 from specdef_jax.race.result import RaceResult
-from specdef_jax.race.runner import Outcome
-from specdef_jax.race.statistics import Ratio, bootstrap_interval, ratio_of_means
+from specdef_jax.race.runs import Outcome
+from specdef_jax.race.sampling import full_batch, minibatches
+from specdef_jax.race.statistics import (
+    Ratio,
+    Survival,
+    bootstrap_interval,
+    logrank,
+    ratio_of_means,
+    recovery,
+    survival,
+)
+from specdef_jax.race.switches import Switched
 
 __all__ = [
     "DEFAULT",
@@ -15,14 +25,21 @@ __all__ = [
     "Outcome",
     "RaceResult",
     "Ratio",
+    "Survival",
+    "Switched",
     "adam",
     "bootstrap_interval",
+    "full_batch",
     "log_grid",
+    "logrank",
     "match_sharpness",
+    "minibatches",
     "momentum",
     "ratio_of_means",
+    "recovery",
     "run",
     "run_problems",
     "scalar_control",
     "sgd",
+    "survival",
 ]

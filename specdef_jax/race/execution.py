@@ -1,4 +1,4 @@
-"""Run a flat list of runs: one thread per core on CPUs, a probe for the number of lanes."""
+"""Run a flat list of runs: one thread per core on CPUs, or a mesh; a probe for the number of lanes."""
 
 from __future__ import annotations
 
@@ -8,41 +8,79 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from specdef_jax.race import mesh as on_mesh
 from specdef_jax.race import runner
+from specdef_jax.race.runs import Factory, Progress, Results, Runs
 
 Report = Callable[[int, int], None]  # report(done, total), over all optimizers
 Count = Callable[[int], None]  # count(done), of one optimizer
 
 VISIT_SECONDS = 0.5
 LANES = (1, 16)
+SMALL = 1 << 22  # bytes of parameters whose lanes fit any machine
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What racing some runs gave.
+
+    Attributes:
+      results: of every run, in the order given, as numpy arrays.
+      steps: taken by all runs together.
+      compile_seconds: until the compiled functions stood.
+      seconds: after that.
+    """
+
+    results: Results
+    steps: float
+    compile_seconds: float
+    seconds: float
 
 
 def race_one(
-    runs: runner.Runs,
-    factory: runner.Factory,
-    eval_every: int,
-    lanes: int,
-    report: Count | None,
-) -> tuple[list[np.ndarray], float, float]:
-    """Race one optimizer, on CPUs with one thread per core; return results and seconds."""
-    shares = _shares(runs, lanes)
-    parts = [_share(runs, share, len(shares[0])) for share in shares]
+    runs: Runs, factory: Factory, eval_every: int, lanes: int, report: Count | None, mesh: Mesh | None = None
+) -> Finished:
+    """Race one optimizer, on CPUs with one thread per core, or over a mesh."""
+    shares = _shares(runs, lanes, mesh)
+    width = 1 << (max(map(len, shares)) - 1).bit_length()  # few shapes, so that rounds share programs
+    parts = [_share(runs, share, width) for share in shares]
     begin = time.perf_counter()
-    compiled = _compile(parts[0], factory, eval_every, lanes)
-    compile_seconds = time.perf_counter() - begin
-    done = np.zeros(len(shares), int)
-    x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
+    if mesh is not None:
+        spread = on_mesh.Spread(mesh, parts, factory, eval_every, lanes)
+        ready = time.perf_counter()
+        states = spread.drive(report)
+    else:
+        _compile(parts[0], factory, eval_every, lanes)
+        ready = time.perf_counter()
+        states = _in_threads(parts, factory, eval_every, lanes, report)
+    seconds = time.perf_counter() - ready
 
+    def merge(*columns: Any) -> np.ndarray:
+        out = np.empty((runs.step_sizes.size, *columns[0].shape[1:]), columns[0].dtype)
+        for share, part in zip(shares, columns, strict=True):
+            out[share] = np.asarray(part)[: len(share)]
+        return out
+
+    results = jax.tree.map(merge, *(state.results for state in states))
+    return Finished(results, sum(float(s.stepped) for s in states), ready - begin, seconds)
+
+
+def _in_threads(
+    parts: list[Runs], factory: Factory, eval_every: int, lanes: int, report: Count | None
+) -> list[Progress]:
+    done = np.zeros(len(parts), int)
+    x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
     lock, stop = threading.Lock(), threading.Event()
 
-    def drive(i: int) -> runner.Results:
+    def drive(i: int) -> Progress:
         def count(n: int) -> None:
             if stop.is_set():
                 raise CancelledError
@@ -52,44 +90,40 @@ def race_one(
                     report(int(done.sum()))
 
         with jax.enable_x64(x64):
-            return _drive(parts[i], compiled, count)
+            return _drive(parts[i], _compile(parts[i], factory, eval_every, lanes), count)
 
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(len(shares)) as pool:
-        futures = [pool.submit(drive, i) for i in range(len(shares))]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        futures = [pool.submit(drive, i) for i in range(len(parts))]
         try:
             for future in as_completed(futures):
                 future.result()
         except BaseException:  # an interrupt too: leaving the pool waits for the threads
             stop.set()
             raise
-    finished = [future.result() for future in futures]
-    seconds = time.perf_counter() - begin
-    merged = []
-    for column in zip(*(jax.tree.leaves(f) for f in finished), strict=True):
-        out = np.empty((runs.step_sizes.size, *column[0].shape[1:]), column[0].dtype)
-        for share, part in zip(shares, column, strict=True):
-            out[share] = np.asarray(part)[: len(share)]
-        merged.append(out)
-    return merged, compile_seconds, seconds
+    return [future.result() for future in futures]
 
 
-def _shares(runs: runner.Runs, lanes: int) -> list[np.ndarray]:
-    """Deal the runs out to threads, on CPUs one per core: small programs use one core each.
+def _shares(runs: Runs, lanes: int, mesh: Mesh | None = None) -> list[np.ndarray]:
+    """Deal the runs out: one share per device of a mesh, or on CPUs per core, as a small program uses one.
 
     Seeds stay whole, so that pruning sees all step sizes of a seed, and the middle of the grid runs
     first, where the fastest runs are expected.
     """
-    cores = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
-    total, seeds = runs.step_sizes.size, runs.best.size
-    threads = max(1, min(cores, seeds, total // lanes))
-    step = np.arange(total) // seeds
-    order = np.argsort(np.abs(step - (total // seeds - 1) / 2), kind="stable")
-    seed = np.asarray(runs.seed)[order]
-    return [order[seed % threads == i] for i in range(threads)]
+    total = runs.step_sizes.size
+    count = mesh.size if mesh else max(1, min(cores(), np.unique(runs.seed).size, total // lanes))
+    seed = np.asarray(runs.seed)
+    steps = np.asarray(runs.step_sizes)
+    rank = np.searchsorted(np.unique(steps), steps)
+    order = np.argsort(np.abs(rank - rank.max() / 2), kind="stable")
+    return [order[seed[order] % count == i] for i in range(count)]
 
 
-def _share(runs: runner.Runs, share: np.ndarray, width: int) -> runner.Runs:
+def cores() -> int:
+    """Return how many runs can be driven at once without a mesh."""
+    return (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+
+
+def _share(runs: Runs, share: np.ndarray, width: int) -> Runs:
     """Take some of the runs, padded to a common width so that all shares compile once."""
     padded = np.resize(share, width)
     return replace(
@@ -103,7 +137,7 @@ def _share(runs: runner.Runs, share: np.ndarray, width: int) -> runner.Runs:
     )
 
 
-def _compile(runs: runner.Runs, factory: runner.Factory, eval_every: int, lanes: int) -> tuple:
+def _compile(runs: Runs, factory: Factory, eval_every: int, lanes: int) -> tuple:
     """Return (start, advance), compiled for these shapes by running them once for no iterations."""
     begin = functools.partial(runner.start, factory=factory, lanes=lanes)
     move = functools.partial(runner.advance, factory=factory, lanes=lanes, eval_every=eval_every)
@@ -111,7 +145,7 @@ def _compile(runs: runner.Runs, factory: runner.Factory, eval_every: int, lanes:
     return begin, move
 
 
-def _drive(runs: runner.Runs, compiled: tuple, count: Callable[[int], None]) -> runner.Results:
+def _drive(runs: Runs, compiled: tuple, count: Count) -> Progress:
     """Advance until all runs are done, visiting the host about twice a second."""
     begin, move = compiled
     state, iterations = begin(runs), 16
@@ -122,7 +156,7 @@ def _drive(runs: runner.Runs, compiled: tuple, count: Callable[[int], None]) -> 
         done = int(state.done)
         count(done)
         if done >= total:
-            return jax.block_until_ready(state.results)
+            return jax.block_until_ready(state)
         elapsed = max(time.perf_counter() - clock, 1e-6)
         iterations = int(min(max(iterations * VISIT_SECONDS / elapsed, 1), 4 * iterations))
 
@@ -130,22 +164,56 @@ def _drive(runs: runner.Runs, compiled: tuple, count: Callable[[int], None]) -> 
 _PROBED: dict[Any, int] = {}
 
 
-def probe(runs: runner.Runs, factory: runner.Factory, eval_every: int) -> int:
-    """Choose between map (one lane) and vmap (many) by timing both briefly; remembered per problem."""
+def probe(runs: Runs, factory: Factory, eval_every: int, memory: float | None = None) -> int:
+    """Choose between map (one lane) and vmap (many) by timing both briefly; remembered per problem.
+
+    Args:
+      runs: what is to be raced.
+      factory: the optimizer to time.
+      eval_every: steps between evaluations.
+      memory: bytes that the lanes may take; a quarter of the machine's or the device's by default.
+    """
     signature = (
         jax.tree.structure((runs.problems, runs.sample, runs.eval_args)),
         tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves((runs.problems, runs.eval_args))),
+        memory,
     )
     candidates = [n for n in LANES if n <= runs.step_sizes.size]
-    if len(candidates) == 1:
-        return candidates[0]
-    if signature not in _PROBED:
-        speed = {n: _seconds_per_step(runs, factory, eval_every, n) for n in candidates}
+    if len(candidates) > 1 and signature not in _PROBED:
+        fitting = [n for n in candidates if n == 1 or _fits(runs, factory, eval_every, n, memory)]
+        speed = (
+            {n: _seconds_per_step(runs, factory, eval_every, n) for n in fitting} if fitting[1:] else {1: 0}
+        )
         _PROBED[signature] = min(speed, key=speed.__getitem__)
-    return _PROBED[signature]
+    return _PROBED[signature] if len(candidates) > 1 else candidates[0]
 
 
-def _seconds_per_step(runs: runner.Runs, factory: runner.Factory, eval_every: int, lanes: int) -> float:
+def _fits(runs: Runs, factory: Factory, eval_every: int, lanes: int, memory: float | None) -> bool:
+    """Tell whether the compiled program stays within the memory; small ones are not asked."""
+    if memory is None:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(runs.problems.params)) // runs.best.size
+        if size < SMALL:
+            return True
+        memory = _quarter()
+    shares = _shares(runs, lanes)
+    part = _share(runs, shares[0], len(shares[0]))
+    first = runner.start(part, factory=factory, lanes=lanes)
+    lowered = runner.advance.lower(
+        first, part, jnp.asarray(1), factory=factory, lanes=lanes, eval_every=eval_every
+    )
+    asked = lowered.compile().memory_analysis()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((first.lanes.problem, first.lanes.state)))
+    return asked is None or len(shares) * (asked.temp_size_in_bytes + held) <= memory
+
+
+def _quarter() -> float:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] / 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
+
+
+def _seconds_per_step(runs: Runs, factory: Factory, eval_every: int, lanes: int) -> float:
     shares = _shares(runs, lanes)
     runs = _share(runs, shares[0], len(shares[0]))
     begin, move = _compile(runs, factory, eval_every, lanes)

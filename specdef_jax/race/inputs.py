@@ -8,13 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from specdef_jax import trees
 from specdef_jax.errors import ProblemError, SpecError, StructureError
 from specdef_jax.parametrization import Problem
 from specdef_jax.race.grid import check_grid
+from specdef_jax.race.runs import Factory
 
+Optimizers = Mapping[str, Factory]
 Grids = Sequence[float] | np.ndarray | Mapping[str, Sequence[float] | np.ndarray]
 
 
@@ -35,26 +38,50 @@ def stack(problems: Sequence[Problem]) -> Problem:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
 
 
-def targets(target: float | Sequence[float], count: int) -> np.ndarray:
-    """Return one target per problem."""
-    targets = np.asarray(target, float)
-    if targets.shape not in ((), (count,)):
+def targets(target: float | Sequence[float], milestones: Sequence[float], count: int) -> np.ndarray:
+    """Return (problems, targets): the milestones, and the target of each problem at last.
+
+    Raises:
+      SpecError: one target per problem was given for another number of problems, or the milestones do not
+        descend to the target.
+    """
+    last = np.asarray(target, float)
+    if last.shape not in ((), (count,)):
         raise SpecError(
-            f"targets have shape {targets.shape} for {count} problems; give one, or one per problem."
+            f"targets have shape {last.shape} for {count} problems; give one, or one per problem."
         )
-    return np.broadcast_to(targets, (count,))
+    above = np.broadcast_to(np.asarray(milestones, float), (count, len(milestones)))
+    found = np.concatenate([above, np.broadcast_to(last, (count,))[:, None]], axis=1)
+    if (np.diff(found, axis=1) >= 0).any():
+        raise SpecError(f"milestones {list(milestones)} must descend and end above the target {target}.")
+    return found
 
 
 def grids(step_sizes: Grids, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return the grid of each optimizer, all ascending and of one length."""
-    grids = {}
+    """Return the grid of each optimizer, ascending."""
+    found = {}
     for name in names:
         if isinstance(step_sizes, Mapping) and name not in step_sizes:
             raise SpecError(f"optimizer {name!r} has no grid of step sizes; grids: {', '.join(step_sizes)}.")
-        grids[name] = check_grid(name, step_sizes[name] if isinstance(step_sizes, Mapping) else step_sizes)
-    if len({grid.size for grid in grids.values()}) != 1:
-        raise SpecError("the grids of step sizes differ in length; give each optimizer as many.")
-    return grids
+        found[name] = check_grid(name, step_sizes[name] if isinstance(step_sizes, Mapping) else step_sizes)
+    return found
+
+
+def check_orders(sample: Partial, key: PRNGKeyArray, orders: int) -> None:
+    """Raise SpecError when several data orders are asked of a sample that ignores its key."""
+    if orders == 1:
+        return
+    keys = jax.random.split(key, orders)
+    drawn = [jax.tree.leaves(sample(jax.random.fold_in(k, t))) for k in keys[:4] for t in range(4)]
+    if all(
+        np.array_equal(a, b, equal_nan=True)
+        for other in drawn[1:]
+        for a, b in zip(drawn[0], other, strict=True)
+    ):
+        raise SpecError(
+            f"{orders} data orders of a sample that is the same whatever its key: the problem is "
+            "deterministic, and copies of one run are no seeds. Race one order, or sample minibatches."
+        )
 
 
 @jax.jit

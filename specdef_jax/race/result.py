@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from specdef_jax.errors import ProblemError
-from specdef_jax.race.runner import Outcome
-from specdef_jax.race.statistics import Ratio, ratio_of_means
+from specdef_jax.errors import ProblemError, SpecError
+from specdef_jax.race.runs import Outcome
+from specdef_jax.race.statistics import Ratio, Survival, ratio_of_means, survival
+
+Unit = Literal["steps", "evaluations"]
+
+# The fields of one entry per (optimizer, step size, seed), and what stands where nothing was run.
+CELLS = {
+    "to_target": np.nan,
+    "crossings": np.nan,
+    "evaluations": np.nan,
+    "spent": np.nan,
+    "outcome": Outcome.ABSENT,
+    "last": np.nan,
+    "peak": np.nan,
+    "trace": np.nan,
+}
 
 
 @dataclass(frozen=True)
@@ -18,32 +34,42 @@ class RaceResult:
 
     Attributes:
       names: optimizers.
-      step_sizes: (optimizers, steps) grid of each optimizer, ascending.
+      step_sizes: (optimizers, steps) grid of each optimizer, ascending; NaN behind a shorter one.
       to_target: (optimizers, steps, seeds) steps to the target, interpolated between evaluations;
         NaN unless reached.
+      crossings: (optimizers, steps, seeds, targets) the same for each milestone, and for the target at last.
+      evaluations: same shape, gradient evaluations before the crossing; a Hessian product counts as two.
+      spent: (optimizers, steps, seeds) gradient evaluations when the run ended.
       outcome: same shape, values of Outcome.
       last: the loss at the last evaluation.
       peak: the largest loss met on the way (a run may pass a peak and recover).
       trace: (optimizers, steps, seeds, records) losses at record_at, NaN after the end.
+      targets: (seeds, targets) losses of the crossings, the target last.
       record_at: steps at which traces are recorded.
       cap: the largest number of steps.
       lanes: how many runs were in flight at once, per thread.
       seconds: wall-clock time, compilation apart.
       compile_seconds: time until the first result of each compiled function.
+      step_seconds: (optimizers,) wall-clock time over steps taken, with the lanes that were in flight.
     """
 
     names: tuple[str, ...]
     step_sizes: Float[np.ndarray, "optimizers steps"]
     to_target: Float[np.ndarray, "optimizers steps seeds"]
+    crossings: Float[np.ndarray, "optimizers steps seeds targets"]
+    evaluations: Float[np.ndarray, "optimizers steps seeds targets"]
+    spent: Float[np.ndarray, "optimizers steps seeds"]
     outcome: Int[np.ndarray, "optimizers steps seeds"]
     last: Float[np.ndarray, "optimizers steps seeds"]
     peak: Float[np.ndarray, "optimizers steps seeds"]
     trace: Float[np.ndarray, "optimizers steps seeds records"]
+    targets: Float[np.ndarray, "seeds targets"]
     record_at: Int[np.ndarray, "records"]
     cap: int
     lanes: int
     seconds: float
     compile_seconds: float
+    step_seconds: Float[np.ndarray, "optimizers"]
 
     def index(self, name: str) -> int:
         """Return the position of an optimizer; ProblemError if it was not raced."""
@@ -51,11 +77,38 @@ class RaceResult:
             raise ProblemError(f"optimizer {name!r} was not raced; raced: {', '.join(self.names)}.")
         return self.names.index(name)
 
+    def grid(self, name: str) -> Float[np.ndarray, "steps"]:
+        """Return the step sizes raced of an optimizer, ascending."""
+        steps = self.step_sizes[self.index(name)]
+        return steps[np.isfinite(steps)]
+
     def steps(self, name: str) -> Float[np.ndarray, "seeds"]:
         """Return the steps to target at the best step size of each seed, NaN where none reached it."""
-        steps = self.to_target[self.index(name)]
-        best = np.min(np.where(np.isnan(steps), np.inf, steps), axis=0)
-        return np.where(np.isinf(best), np.nan, best)
+        return _best(self.to_target[self.index(name)])
+
+    def gradients(self, name: str) -> Float[np.ndarray, "seeds"]:
+        """Return the gradient evaluations to target at the step size of each seed that needs fewest."""
+        return _best(self.evaluations[self.index(name), :, :, -1])
+
+    def seconds_to_target(self, name: str) -> Float[np.ndarray, "seeds"]:
+        """Return the steps at the best step size times the wall-clock time of a step in this race.
+
+        Runs share cores and lanes, so this is throughput: what the runs cost, not how long one waits.
+        """
+        return self.steps(name) * self.step_seconds[self.index(name)]
+
+    def at(self, milestone: int) -> RaceResult:
+        """Return the race to another target: its index in `targets`, or -1 for the last."""
+        crossings = self.crossings[..., milestone]
+        reached = ~np.isnan(crossings)
+        return replace(
+            self,
+            to_target=crossings,
+            crossings=crossings[..., None],
+            evaluations=self.evaluations[..., milestone, None],
+            outcome=np.where(reached, Outcome.REACHED, self.outcome),
+            targets=self.targets[:, milestone, None],
+        )
 
     @property
     def censored(self) -> dict[str, np.ndarray]:
@@ -71,7 +124,7 @@ class RaceResult:
     def at_edge(self, name: str) -> bool:
         """Tell whether the best step size of some seed is the first or the last of the grid."""
         best = self.best_index(name)
-        return bool(np.any((best == 0) | (best == self.step_sizes.shape[1] - 1)))
+        return bool(np.any((best == 0) | (best == self.grid(name).size - 1)))
 
     def diverged(self, name: str) -> int:
         """Return how many runs turned non-finite."""
@@ -83,14 +136,82 @@ class RaceResult:
         first = self.trace[i, :, :, 0]
         return int(np.sum((self.outcome[i] == Outcome.REACHED) & (self.peak[i] > 2 * first)))
 
-    def slowdown(self, baseline: RaceResult) -> dict[str, Ratio]:
+    def survival(self, name: str) -> Survival:
+        """Return the share of seeds still above the target (Kaplan-Meier), each at its best step size."""
+        return survival(self.steps(name), self.cap)
+
+    def slowdown(self, baseline: RaceResult, unit: Unit = "steps") -> dict[str, Ratio]:
         """Return steps / baseline steps per optimizer, paired by seed.
 
         The baseline of SpecDef's slowdown is the race at alpha = 1 with the same basis, side, k and
         layers; that of the insertion effect is the original network.
+
+        Args:
+          baseline: the race to compare with.
+          unit: what is counted. A seed without a crossing counts as what its runs took at the least.
+
+        Raises:
+          ProblemError: no optimizer ever reaches the target of the baseline: nothing to compare with.
+          SpecError: unknown unit.
         """
+        shared = [name for name in self.names if name in baseline.names]
+        if shared and all(baseline.censored[name].all() for name in shared):
+            raise ProblemError(
+                f"the baseline reaches its target with none of {', '.join(shared)} within {baseline.cap} "
+                "steps, so there is nothing to compare with; choose a higher target, more steps or other "
+                "step sizes."
+            )
+        if unit == "steps":
+            return {n: ratio_of_means(self.steps(n), baseline.steps(n), self.cap) for n in shared}
+        if unit != "evaluations":
+            raise SpecError(f"unit = {unit!r}: count 'steps' or 'evaluations'.")
         return {
-            name: ratio_of_means(self.steps(name), baseline.steps(name), self.cap)
-            for name in self.names
-            if name in baseline.names
+            n: ratio_of_means(self.gradients(n), baseline.gradients(n), self._least_spent(n)) for n in shared
         }
+
+    def _least_spent(self, name: str) -> Float[np.ndarray, "seeds"]:
+        """Return what a seed without a crossing needs at least: what the cheapest of its full runs spent."""
+        i = self.index(name)
+        full = self.outcome[i] == Outcome.CENSORED
+        least = np.min(np.where(full, self.spent[i], np.inf), axis=0)
+        return np.where(np.isinf(least), 1.0, least)
+
+
+def merged(results: Mapping[str, list[RaceResult]]) -> RaceResult:
+    """Return one race of all optimizers out of races of each, over all step sizes that were run.
+
+    Args:
+      results: per optimizer, races of the same seeds and targets over disjoint grids.
+    """
+    one = next(iter(results.values()))[0]
+    width = max(sum(race.grid(name).size for race in races) for name, races in results.items())
+    columns: dict[str, list[np.ndarray]] = {field: [] for field in ("step_sizes", *CELLS)}
+    seconds = []
+    for name, races in results.items():
+        steps = np.concatenate([race.grid(name) for race in races])
+        order = np.argsort(steps)
+        columns["step_sizes"].append(_padded(steps[order], width, np.nan))
+        for field, empty in CELLS.items():
+            cells = [getattr(race, field)[race.index(name), : race.grid(name).size] for race in races]
+            columns[field].append(_padded(np.concatenate(cells)[order], width, empty))
+        taken = [race.seconds / race.step_seconds[0] for race in races]  # races of one optimizer
+        seconds.append(sum(race.seconds for race in races) / sum(taken))
+    every = [race for races in results.values() for race in races]
+    return replace(
+        one,
+        names=tuple(results),
+        seconds=sum(race.seconds for race in every),
+        compile_seconds=sum(race.compile_seconds for race in every),
+        step_seconds=np.asarray(seconds),
+        **{field: np.stack(column) for field, column in columns.items()},
+    )
+
+
+def _padded(rows: np.ndarray, width: int, empty: float) -> np.ndarray:
+    rest = np.full((width - len(rows), *rows.shape[1:]), empty, rows.dtype)
+    return np.concatenate([rows, rest])
+
+
+def _best(steps: Float[np.ndarray, "steps seeds"]) -> Float[np.ndarray, "seeds"]:
+    best = np.min(np.where(np.isnan(steps), np.inf, steps), axis=0)
+    return np.where(np.isinf(best), np.nan, best)

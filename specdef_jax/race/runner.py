@@ -1,120 +1,27 @@
 """The compiled race: many (step size, seed) pairs share a few lanes.
 
-A lane trains one pair until it reaches the target, runs out of steps or turns non-finite; then its
-result is written down and the next pair takes its place. So the work in flight stays dense whatever
-the pairs do, and everything is compiled once per optimizer. One lane is a plain loop over pairs
-(map), many lanes are a vmap. The loop returns to the host every now and then, for progress and
-interrupts only.
+A lane trains one pair until it reaches its last target, runs out of steps or turns non-finite; then
+its result is written down and the next pair takes its place. So the work in flight stays dense
+whatever the pairs do, and everything is compiled once per optimizer. One lane is a plain loop over
+pairs (map), many lanes are a vmap. What a lane computes depends on its pair alone, so the results are
+the same whatever else runs beside it. The loop returns to the host every now and then, for progress
+and interrupts only.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Int, PyTree
 
-from specdef_jax.parametrization import Problem
-
-Factory = Callable[[Array], optax.GradientTransformation]
-
-
-class Outcome(enum.IntEnum):
-    """How one run ended."""
-
-    CENSORED = 0
-    REACHED = 1
-    DIVERGED = 2
-    DOMINATED = 3  # stopped: another step size of the same seed had arrived in fewer steps
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Runs:
-    """The pairs to run and the data they share; all of it arguments of the compiled loop.
-
-    Attributes:
-      problems: stacked over pretraining seeds.
-      sample: sample(key) -> args of one step.
-      eval_args: args of the evaluation, or None to read the loss of the step itself.
-      problem: which problem each run trains.
-      seed: which seed (problem and data order) each run belongs to.
-      keys: one key per run, for its data order.
-      step_sizes: one per run.
-      targets: loss at which a run stops, one per run.
-      count: how many of the runs are real; the rest is padding.
-      steps: the cap.
-      record_at: steps at which the loss is recorded, ascending.
-      best: fewest steps in which each seed has arrived so far; runs beyond it stop as dominated.
-        Infinite and never lowered when `prune` is false.
-      prune: whether to stop dominated runs.
-    """
-
-    problems: Problem
-    sample: Partial
-    eval_args: PyTree
-    problem: Int[Array, "runs"]
-    seed: Int[Array, "runs"]
-    keys: Shaped[PRNGKeyArray, "runs"]
-    step_sizes: Float[Array, "runs"]
-    targets: Float[Array, "runs"]
-    count: Int[Array, ""]
-    steps: Int[Array, ""]
-    record_at: Int[Array, "records"]
-    best: Float[Array, "seeds"]
-    prune: Bool[Array, ""]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Results:
-    """What is known of each run: steps to the target, NaN unless reached."""
-
-    steps: Float[Array, "runs"]
-    outcome: Int[Array, "runs"]
-    last: Float[Array, "runs"]
-    peak: Float[Array, "runs"]
-    trace: Float[Array, "runs records"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Lane:
-    """One run in flight. `run` is its index, or the number of runs when the lane is idle."""
-
-    run: Int[Array, "*lanes"]
-    seed: Int[Array, "*lanes"]
-    problem: Problem
-    state: PyTree
-    key: PRNGKeyArray
-    step_size: Float[Array, "*lanes"]
-    target: Float[Array, "*lanes"]
-    t: Int[Array, "*lanes"]
-    metric: Float[Array, "*lanes"]
-    peak: Float[Array, "*lanes"]
-    outcome: Int[Array, "*lanes"]
-    reached: Float[Array, "*lanes"]
-    finished: Bool[Array, "*lanes"]
-    trace: Float[Array, "*lanes records"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Progress:
-    """The state of a race between two visits to the host."""
-
-    lanes: Lane
-    results: Results
-    best: Float[Array, "seeds"]
-    next_run: Int[Array, ""]
-    done: Int[Array, ""]
+from specdef_jax.optim.work import work
+from specdef_jax.race.runs import Factory, Lane, Outcome, Progress, Results, Runs
 
 
 @functools.partial(jax.jit, static_argnames=("factory", "lanes"))
@@ -122,16 +29,18 @@ def start(runs: Runs, *, factory: Factory, lanes: int) -> Progress:
     """Put the first runs on the lanes."""
     first = jnp.arange(lanes)
     total, dtype = runs.step_sizes.size, runs.targets.dtype
-    unknown = jnp.full(total, jnp.nan, dtype)
+    unknown, unreached = jnp.full(total, jnp.nan, dtype), jnp.full(runs.targets.shape, jnp.nan, dtype)
     results = Results(
-        steps=unknown,
+        steps=unreached,
+        evaluations=unreached,
+        spent=unknown,
         outcome=jnp.zeros(total, jnp.int32),
         last=unknown,
         peak=unknown,
         trace=jnp.full((total, runs.record_at.size), jnp.nan, dtype),
     )
     fresh = _over_lanes(functools.partial(_enter, runs, factory), lanes)(first)
-    return Progress(fresh, results, runs.best, jnp.asarray(lanes), jnp.asarray(0))
+    return Progress(fresh, results, runs.best, jnp.asarray(lanes), jnp.asarray(0), jnp.zeros((), dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("factory", "lanes", "eval_every"), donate_argnames=("progress",))
@@ -160,7 +69,7 @@ def advance(
         )
         return i + 1, progress
 
-    return jax.lax.while_loop(unfinished, body, (jnp.asarray(0, iterations.dtype), progress))[1]
+    return jax.lax.while_loop(unfinished, body, (jnp.zeros_like(iterations), progress))[1]
 
 
 def _over_lanes(fn: Callable[[Any], Any], lanes: int) -> Callable[[Any], Any]:
@@ -175,6 +84,7 @@ def _enter(runs: Runs, factory: Factory, run: Array) -> Lane:
     index = jnp.minimum(run, runs.count - 1)
     task = jax.tree.map(lambda x: x[runs.problem[index]], runs.problems)
     dtype = runs.targets.dtype
+    unreached = jnp.full(runs.targets.shape[1:], jnp.nan, dtype)
     return Lane(
         run=jnp.minimum(run, runs.step_sizes.size),
         seed=runs.seed[index],
@@ -182,12 +92,14 @@ def _enter(runs: Runs, factory: Factory, run: Array) -> Lane:
         state=factory(runs.step_sizes[index]).init(task.params),
         key=runs.keys[index],
         step_size=runs.step_sizes[index],
-        target=runs.targets[index],
+        targets=runs.targets[index],
         t=jnp.zeros((), jnp.int32),
+        spent=jnp.zeros((), dtype),
         metric=jnp.full((), jnp.inf, dtype),
         peak=jnp.full((), -jnp.inf, dtype),
         outcome=jnp.zeros((), jnp.int32),
-        reached=jnp.full((), jnp.nan, dtype),
+        reached=unreached,
+        paid=unreached,
         finished=jnp.zeros((), bool),
         trace=jnp.full(runs.record_at.shape, jnp.nan, dtype),
     )
@@ -197,9 +109,10 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
     """Evaluate one lane, then train it for eval_every steps unless it is finished."""
     optimizer = optax.with_extra_args_support(factory(lane.step_size))
     loss = lane.problem.loss
+    Carry = tuple[PyTree, PyTree, Array]
 
-    def train(i: Array | int, carry: tuple[PyTree, PyTree]) -> tuple[tuple[PyTree, PyTree], Array]:
-        params, state = carry
+    def train(i: Array | int, carry: Carry) -> tuple[Carry, Array]:
+        params, state, spent = carry
         args = runs.sample(jax.random.fold_in(lane.key, lane.t + i))
         value, grad = jax.value_and_grad(loss)(params, *args)
 
@@ -212,35 +125,39 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
         # obj_fn is what optax's Hutchinson estimator calls value_fn
         more = {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "hvp": hvp}
         updates, state = optimizer.update(grad, state, params, **more)
-        return (optax.apply_updates(params, updates), state), value
+        spent = spent + work(state).astype(spent.dtype)
+        return (optax.apply_updates(params, updates), state, spent), value
 
-    carry, value = train(0, (lane.problem.params, lane.state))
+    carry, value = train(0, (lane.problem.params, lane.state, lane.spent))
     if runs.eval_args is not None:
         value = loss(lane.problem.params, *runs.eval_args)
     if eval_every > 1:
         carry = jax.lax.fori_loop(1, eval_every, lambda i, c: train(i, c)[0], carry)
     evaluated = _evaluate(runs, eval_every, best, lane, value.astype(lane.metric.dtype))
-    params, state = carry
+    params, state, spent = carry
     return replace(
         evaluated,
         problem=replace(lane.problem, params=params),
         state=state,
         t=lane.t + eval_every,
+        spent=jnp.where(evaluated.finished, lane.spent, spent),  # the steps after the end are thrown away
     )
 
 
 def _evaluate(runs: Runs, eval_every: int, best: Array, lane: Lane, value: Array) -> Lane:
     """Judge the loss at step t: reached, non-finite, dominated, out of steps, or going on."""
     diverged = ~jnp.isfinite(value)
-    reached = ~diverged & (value <= lane.target)
+    crossed = ~diverged & (value <= lane.targets) & jnp.isnan(lane.reached)
     # Linear interpolation between two evaluations; exact hits keep the step itself.
-    share = jnp.clip((lane.metric - lane.target) / (lane.metric - value), 0, 1)
+    share = jnp.clip((lane.metric - lane.targets) / (lane.metric - value), 0, 1)
     crossing = jnp.where(jnp.isfinite(share), lane.t - eval_every * (1 - share), lane.t)
+    reached = crossed[-1]
     slot = jnp.searchsorted(runs.record_at, lane.t)
     slot = jnp.minimum(slot, runs.record_at.size - 1)
     due = runs.record_at[slot] == lane.t
     active = lane.run < runs.count
     dominated = lane.t >= best[lane.seed]
+    spent_up = (lane.t + eval_every > runs.steps) | (lane.spent >= runs.evaluations)
     return replace(
         lane,
         metric=value,
@@ -250,8 +167,9 @@ def _evaluate(runs: Runs, eval_every: int, best: Array, lane: Lane, value: Array
             [jnp.int32(x) for x in (Outcome.REACHED, Outcome.DIVERGED, Outcome.DOMINATED)],
             jnp.int32(Outcome.CENSORED),
         ),
-        reached=jnp.where(reached, crossing.astype(value.dtype), jnp.nan),
-        finished=active & (reached | diverged | dominated | (lane.t + eval_every > runs.steps)),
+        reached=jnp.where(crossed, crossing.astype(value.dtype), lane.reached),
+        paid=jnp.where(crossed, lane.spent, lane.paid),
+        finished=active & (reached | diverged | dominated | spent_up),
         trace=lane.trace.at[slot].set(jnp.where(due, value, lane.trace[slot])),
     )
 
@@ -267,6 +185,8 @@ def _refill(runs: Runs, factory: Factory, lanes: int, progress: Progress) -> Pro
 
     results = Results(
         steps=write(results.steps, lane.reached),
+        evaluations=write(results.evaluations, lane.paid),
+        spent=write(results.spent, lane.spent),
         outcome=write(results.outcome, lane.outcome),
         last=write(results.last, lane.metric),
         peak=write(results.peak, lane.peak),
@@ -281,11 +201,12 @@ def _refill(runs: Runs, factory: Factory, lanes: int, progress: Progress) -> Pro
         shape = finished.shape + (1,) * (new.ndim - 1)
         return jnp.where(finished.reshape(shape), new, old)
 
-    arrived = jnp.where(finished & runs.prune, lane.reached, jnp.inf)
+    arrived = jnp.where(finished & runs.prune, lane.reached[:, -1], jnp.inf)
     return Progress(
         lanes=jax.tree.map(choose, fresh, lane),
         results=results,
         best=progress.best.at[lane.seed].min(jnp.where(jnp.isnan(arrived), jnp.inf, arrived)),
         next_run=progress.next_run + jnp.sum(finished),
         done=progress.done + jnp.sum(finished),
+        stepped=progress.stepped + jnp.sum(jnp.where(finished, lane.t, 0)),
     )

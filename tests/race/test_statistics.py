@@ -9,7 +9,17 @@ import pytest
 import scipy.stats
 
 from specdef_jax.errors import ProblemError, SpecError
-from specdef_jax.race import Outcome, RaceResult, Ratio, bootstrap_interval, log_grid, ratio_of_means
+from specdef_jax.race import (
+    Outcome,
+    RaceResult,
+    Ratio,
+    bootstrap_interval,
+    log_grid,
+    logrank,
+    ratio_of_means,
+    recovery,
+    survival,
+)
 from specdef_jax.race.grid import check_grid
 
 NAN = math.nan
@@ -102,16 +112,67 @@ def result(to_target, outcome=None, cap=100):
         names=("sgd",),
         step_sizes=np.geomspace(0.1, 10, shape[1])[None],
         to_target=to_target,
+        crossings=to_target[..., None],
+        evaluations=np.ceil(to_target)[..., None],
+        spent=np.where(np.isnan(to_target), cap, np.ceil(to_target)),
         outcome=np.where(np.isnan(to_target), Outcome.CENSORED, Outcome.REACHED),
         last=np.ones(shape),
         peak=np.ones(shape),
         trace=np.ones((*shape, 2)),
+        targets=np.zeros((shape[2], 1)),
         record_at=np.arange(2),
         cap=cap,
         lanes=1,
         seconds=0.0,
         compile_seconds=0.0,
+        step_seconds=np.ones(1),
     )
+
+
+def test_survival_against_the_product_of_shares():
+    found = survival(np.array([3.0, NAN, 7.0, 3.0, 20.0, NAN, 9.0, 11.0]), 12)
+    # by hand: 8 at risk at 3 (2 arrive), 6 at 7, 5 at 9, 4 at 11; two are censored at 12, then 1 at 20
+    np.testing.assert_array_equal(found.steps, [3, 7, 9, 11, 20])
+    np.testing.assert_allclose(found.share, [6 / 8, 5 / 8, 4 / 8, 3 / 8, 0])
+    assert found.median == 9
+    assert found.censored == 2
+    assert (found.low[:4] < found.share[:4]).all()
+    assert (found.share[:4] < found.high[:4]).all()
+    half = survival(np.array([5.0, NAN, NAN]), 10)
+    assert math.isnan(half.median)
+    np.testing.assert_allclose(half.share, [2 / 3])
+    none = survival(np.array([NAN, NAN]), 10)
+    assert (none.steps.size, none.censored) == (0, 2)
+    assert math.isnan(none.median)
+
+
+def test_survival_limits_cover_what_they_should():
+    rng = np.random.default_rng(0)
+    inside = []
+    for _ in range(400):
+        times = rng.exponential(1.0, 30)
+        found = survival(np.where(times < 1.5, times, NAN), 1.5)
+        at = np.searchsorted(found.steps, 0.7) - 1  # exp(-0.7) of the runs are later
+        inside.append(found.low[at] <= np.exp(-0.7) <= found.high[at])
+    assert 0.92 < np.mean(inside) < 0.98
+
+
+def test_logrank_tells_arms_apart():
+    rng = np.random.default_rng(1)
+    a, b = rng.exponential(1.0, 40), rng.exponential(4.0, 40)
+    assert logrank(a, np.where(b < 5, b, NAN), 5) < 1e-4
+    assert logrank(a, rng.exponential(1.0, 40), 99) > 0.05
+
+
+def test_recovery_after_an_explosion_is_seen():
+    assert recovery(np.array([1.3, 62.0, 1.6]))
+    assert recovery(np.array([1.3, math.inf, 1.6]))
+    assert recovery(np.array([1.3, 62.0, 30.0, 2.5, NAN, NAN]))
+    assert not recovery(np.array([1.3, 62.0, 61.0]))
+    assert not recovery(np.array([1.3, 62.0, NAN, 1.6]))
+    assert not recovery(np.array([1.3, 2.5, 1.6]))
+    assert recovery(np.array([1.3, 2.5, 1.6]), factor=1.5)
+    assert not recovery(np.array([]))
 
 
 def test_best_step_size_of_each_seed():

@@ -1,0 +1,88 @@
+"""Finished chunks of a race on disk, so that a killed race goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from specdef_jax.files import atomic_write_bytes
+from specdef_jax.race import runner
+from specdef_jax.race.execution import Finished
+from specdef_jax.race.runs import Factory, Results, Runs
+
+log = logging.getLogger(__name__)
+
+NUMBERS = ("steps", "compile_seconds", "seconds")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder with one file per chunk, named by the optimizer and by everything its results depend on.
+
+    Attributes:
+      folder: made when the first chunk is written. Files of other races in it are left alone.
+    """
+
+    folder: Path
+
+    def keep(
+        self,
+        name: str,
+        factory: Factory,
+        runs: Runs,
+        eval_every: int,
+        lanes: int,
+        race: Callable[[], Finished],
+    ) -> Finished:
+        """Return what an earlier race left of these runs, or race them and leave it for the next."""
+        path = self.folder / f"{name}-{fingerprint(factory, runs, eval_every, lanes)}.npz"
+        if path.exists():
+            found = _read(path)
+            if found is not None:
+                log.info("%s: taken from %s", name, path)
+                return found
+        finished = race()
+        buffer = io.BytesIO()
+        results = {field.name: getattr(finished.results, field.name) for field in fields(Results)}
+        np.savez(buffer, **results, **{f"told_{n}": getattr(finished, n) for n in NUMBERS})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, buffer.getvalue())
+        return finished
+
+
+def fingerprint(factory: Factory, runs: Runs, eval_every: int, lanes: int) -> str:
+    """Return a hash of the compiled program and of every number it is given: all that results depend on."""
+    begin = runner.start.lower(runs, factory=factory, lanes=lanes)
+    state = jax.eval_shape(lambda runs: runner.start(runs, factory=factory, lanes=lanes), runs)
+    move = runner.advance.lower(
+        state, runs, jax.ShapeDtypeStruct((), int), factory=factory, lanes=lanes, eval_every=eval_every
+    )
+    digest = hashlib.sha256(jax.__version__.encode())
+    for text in (jax.default_backend(), begin.as_text(), move.as_text()):
+        digest.update(text.encode())
+    for leaf in jax.tree.leaves(runs):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.ndim else array.tobytes())
+    return digest.hexdigest()[:24]
+
+
+def _read(path: Path) -> Finished | None:
+    """Return a stored chunk, or None for a file that is no such thing: it is raced and written again."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            results = Results(**{field.name: file[field.name] for field in fields(Results)})
+            return Finished(results, **{name: float(file[f"told_{name}"]) for name in NUMBERS})
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        log.warning("%s cannot be read; its runs are raced again", path)
+        return None
