@@ -272,8 +272,9 @@ def draw(rows: list[dict[str, Any]], curve: list[dict[str, Any]]) -> None:
         left.bar(np.arange(len(names)) + j * width - 0.4 + width / 2, values, width, label=tool)
     left.set_xticks(range(len(names)), names)
     left.set_yscale("log")
+    left.set_ylim(0.5, 12 * max(x for values in bars.values() for x in values if np.isfinite(x)))
     left.set_ylabel(f"seconds to a true residual of {TOL:g}")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
     for m in sorted({row["krylov"] for row in curve}):
         mine = [row for row in curve if row["krylov"] == m]
         right.loglog(
