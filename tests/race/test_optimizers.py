@@ -44,11 +44,11 @@ def test_each_reaches_the_target_at_some_step_size(name):
     assert float(result.steps(name)[0]) > 0
 
 
-@pytest.mark.parametrize("name", ["lbfgs", "sophia", "newton_cg", "cubic_newton", "adahessian"])
+@pytest.mark.parametrize("name", ["lbfgs", "sophia", "newton_cg", "cubic_newton", "adahessian", "kfac"])
 def test_the_runner_is_a_plain_loop_with_the_same_arguments(name):
     params, args = problem()
     target = 0.8 * float(loss(params, *args))
-    step_size = {"sophia": 0.01, "adahessian": 0.01}.get(name, 1.0)
+    step_size = {"sophia": 0.01, "adahessian": 0.01, "kfac": 0.01}.get(name, 1.0)
     result = race.run(
         loss, params, {name: EVERY[name]}, sample=Partial(all_of_it, *args), steps=300,
         step_sizes=np.array([step_size]), seeds=1, target=target,
