@@ -119,8 +119,8 @@ def _check(
                 f"{optimizer}: '{names[use.leaf]}' multiplies activations from both sides, so that its two "
                 "factors have no one meaning. Name it in plain=."
             )
-    sizes = {names[use.leaf]: math.prod(use.leading[:1]) for use in uses}
-    if batch is None and len(set(sizes.values())) > 1:
+    sizes = sorted({(names[use.leaf], math.prod(use.leading[:1])) for use in uses})
+    if batch is None and len({size for _, size in sizes}) > 1:
         raise ProblemError(
             f"{optimizer} takes the leading axis of a layer's output as the batch, but these differ: "
             f"{sizes}. Say how many examples the loss averages over by batch=. A kernel multiplied by "
@@ -198,7 +198,7 @@ def _forget(eqn: Any, inputs: Sequence[Any], run: _Run) -> list[Any]:
         named = ", ".join(f"'{run.names[x.index]}'" for x in kernels)
         raise ProblemError(
             f"{run.optimizer}: {named} may multiply activations inside {name}, which keeps them to itself. "
-            "Write the loop out, or name what is inside in plain= to take plain gradient steps on it."
+            "Write the layer outside of it, or name it in plain= to take plain gradient steps on it."
         )
     return _bound(eqn, inputs, run)
 

@@ -144,8 +144,8 @@ def _nothing(kernel: Array) -> tuple[Array, Array]:
 
 def _factors(layer: DenseLayer) -> Factors:
     """Return (A, G), of a loss that is a mean over the batch."""
-    inputs = full_precision_matmul(layer.h.T, layer.h) / len(layer.h)
-    return inputs, full_precision_matmul(layer.g.T, layer.g) * layer.batch
+    h, g = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (layer.h, layer.g))
+    return full_precision_matmul(h.T, h) / len(h), full_precision_matmul(g.T, g) * layer.batch
 
 
 def _both_solved(rows: Array, columns: Array, gradient: Array, damping: float | Array) -> Array:

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -420,7 +421,7 @@ def test_batches_that_differ_are_refused_until_the_batch_is_said():
     def loss(p):
         return squared(p | {"w": p["w"] @ frozen}, x, y)
 
-    with pytest.raises(ProblemError, match=r"these differ: \{'w': 4, 'v': 40\}.*batch=") as error:
+    with pytest.raises(ProblemError, match=r"these differ: \[\('v', 40\), \('w', 4\)\].*batch=") as error:
         steps(optim.kfac(), loss, params, 1)
     assert "plain=" in str(error.value)
     after = steps(optim.kfac(0.1, batch=40), loss, params, 1)
@@ -432,6 +433,58 @@ def test_a_deformed_leaf_without_layered_form_is_refused():
     tree = params | {"w": pair(params["w"], 2.0, "output")}
     with pytest.raises(LayeredUnsupported, match=r"integer_pow|square|mul"):
         steps(optim.kfac(), lambda p: squared(sd.merge(p), x, y) + jnp.sum(sd.merge(p)["w"] ** 2), tree, 1)
+
+
+@pytest.mark.parametrize("primitive", ["cond", "while", "custom_vjp_call"])
+def test_what_keeps_its_activations_is_refused(primitive):
+    params, x, y = net()
+
+    @jax.custom_vjp
+    def own(h, w):
+        return h @ w
+
+    own.defvjp(lambda h, w: (h @ w, (h, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+    ways = {
+        "cond": lambda h, w: jax.lax.cond(jnp.sum(y) > 0, lambda: h @ w, lambda: -h @ w),
+        "while": lambda h, w: jax.lax.while_loop(lambda c: jnp.sum(c) < 0, lambda c: c + h @ w, y),
+        "custom_vjp_call": own,
+    }
+    optimizer = optim.kfac()
+    with pytest.raises(ProblemError, match=rf"'v' may multiply activations inside {primitive}"):
+        optimizer.update(
+            params,
+            optimizer.init(params),
+            params,
+            value_fn=lambda p: jnp.mean((ways[primitive](jnp.tanh(x @ p["w"]), p["v"]) - y) ** 2),
+        )
+
+
+def test_a_layer_that_nothing_reaches_stays_where_it_is():
+    params, x, y = net()
+    params |= {"v": jnp.zeros_like(params["v"])}
+    after = steps(optim.kfac(0.1), functools.partial(squared, x=x, y=y), params, 1)
+    np.testing.assert_array_equal(after["w"][0], params["w"])
+    assert np.all(np.isfinite(after["v"]))
+
+
+def test_narrow_parameters_keep_their_dtype_and_wide_factors():
+    params, x, y = jax.tree.map(lambda a: a.astype(jnp.bfloat16), net())
+    loss = functools.partial(squared, x=x, y=y)
+    optimizer = optim.kfac(jnp.float32(0.1))
+    step, state = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss)
+    assert {leaf.dtype for leaf in jax.tree.leaves(step)} == {jnp.dtype(jnp.bfloat16)}
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(state.factors["w"][0], 0.05 * exact.T @ exact / 40, rtol=1e-6)
+
+
+def test_it_takes_layers_of_flax():
+    x = jax.random.normal(KEY, (12, 5))
+    dense = nn.Sequential([nn.Dense(4), jnp.tanh, nn.DenseGeneral((2, 3)), nn.LayerNorm()])
+    params = dense.init(KEY, x)
+    found, names = layers_of(lambda p: jnp.mean(jnp.sin(dense.apply(p, x)) ** 2), params)
+    assert {name: names[layer.bias] for name, layer in found.items()} == {
+        "params/layers_0/kernel": "params/layers_0/bias"
+    }
 
 
 def test_it_takes_a_network_of_the_package():
