@@ -25,7 +25,8 @@ from specdef_jax.optim.kfac import KfacState
 from specdef_jax.optim.levenberg_marquardt import DampedState
 from specdef_jax.optim.newton_cg import NewtonCGState
 
-PRODUCT, VALUE = 2.0, 0.5  # in gradients, by the passes through the network: four and one where they take two
+# In gradients, by passes through the network: one forward and one back; a product takes both twice.
+PRODUCT, VALUE = 2.0, 0.5
 
 _OURS = (NewtonCGState, DampedState, CubicState, AdaHessianState, KfacState)
 _KNOWN = (

@@ -242,6 +242,15 @@ def test_every_way_to_write_a_dense_layer_is_found_to_be_the_same():
     np.testing.assert_allclose(expected, 2 * (jnp.sin(z) - target) * jnp.cos(z) / 30, atol=1e-14)
 
 
+def test_kernels_that_stand_left_of_the_activations_take_the_same_steps():
+    params, x, y = net()
+    turned = params | {"w": params["w"].T}
+    found = steps(optim.kfac(0.1), lambda p: squared(p | {"w": p["w"].T}, x, y), turned, 5)
+    expected = steps(optim.kfac(0.1), functools.partial(squared, x=x, y=y), params, 5)
+    np.testing.assert_allclose(found["w"].swapaxes(1, 2), expected["w"], atol=1e-12)
+    np.testing.assert_allclose(found["b"], expected["b"], atol=1e-12)
+
+
 def test_positions_are_expanded():
     """A is a mean over examples and positions, G a mean over examples of the sum over positions."""
     rng = np.random.default_rng(2)
