@@ -21,12 +21,14 @@ class AdaHessianState(NamedTuple):
       mu: mean of the gradients.
       nu: mean of the squares of the estimated diagonals.
       key: of the next signs.
+      products: Hessian products of the last step.
     """
 
     steps: Int[Array, ""]
     mu: PyTree
     nu: PyTree
     key: PRNGKeyArray
+    products: Int[Array, ""]
 
 
 def adahessian(
@@ -64,7 +66,7 @@ def adahessian(
 
     def init(params: PyTree) -> AdaHessianState:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return AdaHessianState(jnp.array(0), zeros, zeros, key)
+        return AdaHessianState(jnp.array(0), zeros, zeros, key, jnp.array(0))
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
@@ -90,6 +92,7 @@ def adahessian(
             root = jnp.sqrt(v / square_left) ** power
             return (-step_size * (m / mean_left) / (root + eps)).astype(m.dtype)
 
-        return jax.tree.map(step, mu, nu), AdaHessianState(count, mu, nu, following)
+        state = AdaHessianState(count, mu, nu, following, jnp.array(probes))
+        return jax.tree.map(step, mu, nu), state
 
     return optax.GradientTransformationExtraArgs(init, update)

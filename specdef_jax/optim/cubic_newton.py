@@ -20,11 +20,15 @@ class CubicState(NamedTuple):
       steps: steps taken.
       sigma: regularization of the next step.
       ratio: actual over predicted decrease of the last step.
+      products: Hessian products of the last step.
+      values: losses that it evaluated.
     """
 
     steps: Int[Array, ""]
     sigma: Float[Array, ""]
     ratio: Float[Array, ""]
+    products: Int[Array, ""]
+    values: Int[Array, ""]
 
 
 def cubic_newton(
@@ -52,7 +56,8 @@ def cubic_newton(
 
     def init(params: PyTree) -> CubicState:
         dtype = trees.result_dtype(params)
-        return CubicState(jnp.array(0), jnp.asarray(sigma, dtype), jnp.ones((), dtype))
+        none = jnp.array(0)
+        return CubicState(none, jnp.asarray(sigma, dtype), jnp.ones((), dtype), none, none)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
@@ -60,14 +65,15 @@ def cubic_newton(
         (hvp,) = needed(extra, "cubic_newton", "hvp")
         m = min(krylov, trees.size(updates))
         step, predicted = cubic_step(hvp, updates, state.sigma, m)
-        count = state.steps + 1
+        count, products = state.steps + 1, jnp.array(m)
         if not adapt:
-            return like(updates, step), CubicState(count, state.sigma, state.ratio)
+            return like(updates, step), CubicState(count, state.sigma, state.ratio, products, jnp.array(0))
         ratio = gain_ratio(extra, params, step, predicted, "cubic_newton")
         factor = jnp.where(ratio > 0.9, 0.5, jnp.where(ratio < 0.1, 2.0, 1.0))
         following = jnp.maximum(state.sigma * factor, smallest).astype(state.sigma.dtype)
         step = jax.tree.map(lambda p: jnp.where(ratio > 0, p, 0), step)
-        return like(updates, step), CubicState(count, following, ratio.astype(following.dtype))
+        ratio = ratio.astype(following.dtype)
+        return like(updates, step), CubicState(count, following, ratio, products, jnp.array(1))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -22,12 +22,14 @@ class DampedState(NamedTuple):
       damping: lambda of the next step.
       ratio: actual over predicted decrease of the last step.
       products: Gauss-Newton products of the last step.
+      values: losses that it evaluated.
     """
 
     steps: Int[Array, ""]
     damping: Float[Array, ""]
     ratio: Float[Array, ""]
     products: Int[Array, ""]
+    values: Int[Array, ""]
 
 
 def damped_gauss_newton(
@@ -63,7 +65,8 @@ def damped_gauss_newton(
 
     def init(params: PyTree) -> DampedState:
         dtype = trees.result_dtype(params)
-        return DampedState(jnp.array(0), jnp.asarray(damping, dtype), jnp.ones((), dtype), jnp.array(0))
+        none = jnp.array(0)
+        return DampedState(none, jnp.asarray(damping, dtype), jnp.ones((), dtype), none, none)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
@@ -75,14 +78,14 @@ def damped_gauss_newton(
         )
         step, count = found.step, state.steps + 1
         if not adapt:
-            return like(updates, step), DampedState(count, scale, state.ratio, found.products)
+            return like(updates, step), DampedState(count, scale, state.ratio, found.products, jnp.array(0))
         predicted = -(trees.inner(updates, step) + trees.inner(step, gnvp(step)) / 2)
         ratio = gain_ratio(extra, params, step, predicted, "damped_gauss_newton")
         factor = jnp.where(ratio > 0.75, 1 / 3, jnp.where(ratio < 0.25, 2.0, 1.0))
         following = jnp.clip(scale * factor, smallest, largest).astype(scale.dtype)
         step = jax.tree.map(lambda p: jnp.where(ratio > 0, p, 0), step)
         return like(updates, step), DampedState(
-            count, following, ratio.astype(scale.dtype), found.products + 1
+            count, following, ratio.astype(scale.dtype), found.products + 1, jnp.array(1)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -21,11 +21,13 @@ class NewtonCGState(NamedTuple):
       steps: steps taken.
       products: Hessian products of the last step.
       negative: whether the last step met negative curvature.
+      values: losses that it evaluated.
     """
 
     steps: Int[Array, ""]
     products: Int[Array, ""]
     negative: Array
+    values: Int[Array, ""]
 
 
 def newton_cg(
@@ -62,7 +64,7 @@ def newton_cg(
 
     def init(params: PyTree) -> NewtonCGState:
         del params
-        return NewtonCGState(jnp.array(0), jnp.array(0), jnp.array(False))
+        return NewtonCGState(jnp.array(0), jnp.array(0), jnp.array(False), jnp.array(0))
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
@@ -75,17 +77,20 @@ def newton_cg(
             lambda d: trees.axpy(damping, d, hvp(d)), trees.scale(-1.0, updates), goal, max_products
         )
         step = jax.tree.map(lambda p, g: (step_size * p).astype(g.dtype), found.step, updates)
+        tried = jnp.array(0)
         if halvings:
             value, value_fn = needed(extra, "newton_cg", "value", "value_fn")
-            step = _halved(step, updates, need_params(params, "newton_cg"), value, value_fn, halvings)
-        return step, NewtonCGState(state.steps + 1, found.products, found.negative)
+            params = need_params(params, "newton_cg")
+            step, tried = _halved(step, updates, params, value, value_fn, halvings)
+        return step, NewtonCGState(state.steps + 1, found.products, found.negative, tried)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _halved(
     step: PyTree, gradient: PyTree, params: PyTree, value: Array, value_fn: Value, halvings: int
-) -> PyTree:
+) -> tuple[PyTree, Array]:
+    """Return the step, halved until it lowers the loss, and how many lengths were tried."""
     slope = trees.inner(gradient, step)
 
     def lower(length: Array) -> Array:
@@ -103,4 +108,4 @@ def _halved(
 
     tried, found = jax.lax.while_loop(unfinished, halve, (jnp.array(0), jnp.array(False)))
     length = jnp.where(found, lengths[jnp.maximum(tried - 1, 0)], 0)
-    return jax.tree.map(lambda p: (length * p).astype(p.dtype), step)
+    return jax.tree.map(lambda p: (length * p).astype(p.dtype), step), tried

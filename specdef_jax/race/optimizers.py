@@ -2,7 +2,7 @@
 
 Race them by name: {name: FIRST_ORDER[name] for name in (...)}. Other settings than the step size are optax's
 defaults; none decays but AdamW. The runner hands every update value, grad, value_fn, obj_fn and hvp, so what
-reads the loss (L-BFGS) or the Hessian (Sophia, SECOND_ORDER) runs by the same protocol.
+reads the loss (L-BFGS, K-FAC) or the Hessian (Sophia, SECOND_ORDER) runs by the same protocol.
 """
 
 from __future__ import annotations
@@ -112,6 +112,11 @@ def adahessian(step_size: Rate) -> optax.GradientTransformation:
     return optim.adahessian(step_size, key=jax.random.key(0))
 
 
+def kfac(step_size: Rate) -> optax.GradientTransformation:
+    """Return K-FAC of the dense kernels with the empirical Fisher matrix, damping 1e-3."""
+    return optim.kfac(step_size)
+
+
 DEFAULT = {"sgd": sgd, "momentum": momentum, "adam": adam}
 FIRST_ORDER = {
     "sgd": sgd,
@@ -133,4 +138,5 @@ SECOND_ORDER = {
     "newton_cg": newton_cg,
     "cubic_newton": cubic_newton,
     "adahessian": adahessian,
+    "kfac": kfac,
 }

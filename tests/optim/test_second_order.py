@@ -23,8 +23,11 @@ OPTIMIZERS = {
     "damped_gauss_newton": lambda: optim.damped_gauss_newton(1.0),
     "cubic_newton": lambda: optim.cubic_newton(1.0),
     "adahessian": lambda: optim.adahessian(0.1, b2=0.99, key=KEY),
+    "kfac": lambda: optim.kfac(0.3, damping=1e-3),
 }
 EVERY = pytest.mark.parametrize("name", OPTIMIZERS)
+# K-FAC wants a dense layer, and is refused where there is none (test_kfac.py)
+WITHOUT_LAYERS = pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "kfac"])
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,26 @@ def quadratic(dtype=jnp.float64):
     return Problem(model, lambda out: jnp.sum((out - 1) ** 2) / 2, start)
 
 
+def regression(dtype=jnp.float64):
+    """A quadratic with a dense layer.
+
+    Steps with the empirical Fisher matrix go as 1 / residual^2: noise keeps them from growing, a start of
+    small residuals from vanishing.
+    """
+    x = (jax.random.normal(KEY, (60, 4)) * jnp.geomspace(0.1, 1.0, 4)).astype(dtype)
+    noise = jax.random.normal(jax.random.key(1), (60, 3)).astype(dtype)
+    best = jnp.linalg.lstsq(x, noise)[0]
+
+    def loss(out):  # above the least
+        return jnp.mean(jnp.sum((out - noise) ** 2 - (x @ best - noise) ** 2, axis=1)) / 2
+
+    return Problem(lambda params: x @ params["w"], loss, {"w": jnp.full((4, 3), 0.5, dtype)})
+
+
+def quadratic_for(name, dtype=jnp.float64):
+    return regression(dtype) if name == "kfac" else quadratic(dtype)
+
+
 def rosenbrock():
     def model(v):
         return jnp.stack([10 * (v[1] - v[0] ** 2), 1 - v[0]])
@@ -85,14 +108,14 @@ def rosenbrock():
 
 @EVERY
 def test_quadratic(name):
-    steps = 2000 if name == "adahessian" else 60
-    params, _, losses = jax.jit(lambda: run(quadratic(), OPTIMIZERS[name](), steps))()
+    steps = {"adahessian": 2000, "kfac": 120}.get(name, 60)
+    params, _, losses = jax.jit(lambda: run(quadratic_for(name), OPTIMIZERS[name](), steps))()
     # estimates of the diagonal never settle, so a fixed step does not either
     assert float(losses[-1]) < (1e-4 if name == "adahessian" else 1e-8) * float(losses[0])
     assert trees.size(params) == 12
 
 
-@EVERY
+@WITHOUT_LAYERS
 def test_rosenbrock(name):
     steps = 6000 if name == "adahessian" else 200
     params, _, losses = jax.jit(lambda: run(rosenbrock(), OPTIMIZERS[name](), steps))()
@@ -118,7 +141,7 @@ def test_digits(name):
 
 @EVERY
 def test_under_vmap_and_without_jit_the_same(name):
-    problem, optimizer = quadratic(), OPTIMIZERS[name]()
+    problem, optimizer = quadratic_for(name), OPTIMIZERS[name]()
     starts = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), problem.start)
     together = jax.jit(jax.vmap(lambda p: run(problem, optimizer, 5, p)[0]))(starts)
     for i in range(2):
@@ -130,10 +153,11 @@ def test_under_vmap_and_without_jit_the_same(name):
 @EVERY
 def test_sharded_the_same(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    problem, optimizer = (
-        Problem(lambda p: p * jnp.arange(1.0, 17.0), lambda o: jnp.sum((o - 1) ** 2), jnp.ones(16)),
-        OPTIMIZERS[name](),
-    )
+    problem = Problem(lambda p: p * jnp.arange(1.0, 17.0), lambda o: jnp.sum((o - 1) ** 2), jnp.ones(16))
+    if name == "kfac":
+        x = jax.random.normal(KEY, (32, 16))
+        problem = Problem(lambda w: x @ w, lambda o: jnp.mean(jnp.sum((o - 1) ** 2, 1)), jnp.ones((16, 3)))
+    optimizer = OPTIMIZERS[name]()
     spread = jax.device_put(problem.start, jax.NamedSharding(mesh, jax.P("x")))
     one, many = (jax.jit(lambda p: run(problem, optimizer, 5, p)[0])(p) for p in (problem.start, spread))
     np.testing.assert_allclose(one, many, atol=1e-10)
@@ -141,9 +165,9 @@ def test_sharded_the_same(name):
 
 @EVERY
 def test_dtypes_are_kept(name):
-    params, state, _ = run(quadratic(jnp.float32), OPTIMIZERS[name](), 2)
+    params, state, _ = run(quadratic_for(name, jnp.float32), OPTIMIZERS[name](), 2)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    again, _, _ = run(quadratic(jnp.float32), OPTIMIZERS[name](), 2)
+    again, _, _ = run(quadratic_for(name, jnp.float32), OPTIMIZERS[name](), 2)
     np.testing.assert_array_equal(ravel_pytree(params)[0], ravel_pytree(again)[0])
     assert jax.tree.structure(state) is not None
 
@@ -152,7 +176,7 @@ def test_dtypes_are_kept(name):
 def test_a_missing_argument_is_named(name):
     params = {"w": jnp.ones(3)}
     optimizer = OPTIMIZERS[name]()
-    needed = "gnvp" if name == "damped_gauss_newton" else "hvp"
+    needed = {"damped_gauss_newton": "gnvp", "kfac": "value_fn"}.get(name, "hvp")
     with pytest.raises(ProblemError, match=rf"{name} needs the extra argument {needed}="):
         optimizer.update(params, optimizer.init(params), params)
 

@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.tree_util import Partial
 
-from specdef_jax import race
+import specdef_jax as sd
+from specdef_jax import optim, race
 
 EVERY = {**race.FIRST_ORDER, **race.SECOND_ORDER}
 KEY = jax.random.key(1)
@@ -44,11 +45,25 @@ def test_each_reaches_the_target_at_some_step_size(name):
     assert float(result.steps(name)[0]) > 0
 
 
-@pytest.mark.parametrize("name", ["lbfgs", "sophia", "newton_cg", "cubic_newton", "adahessian"])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_kfac_sees_both_factors_of_a_deformed_layer_through_the_merge(lanes):
+    params, args = problem()
+    deformed = sd.deform(params, sd.SpecDef(alpha=8.0), where=sd.select.match("w"), key=KEY)
+    raced = {"whole": race.SECOND_ORDER["kfac"], "weight alone": lambda s: optim.kfac(s, plain=("w/comp",))}
+    result = race.run(
+        loss, deformed, raced, sample=Partial(all_of_it, *args), steps=200, lanes=lanes,
+        step_sizes=np.logspace(-3, -1, 4), seeds=1, target=0.6 * float(loss(params, *args)),
+    )  # fmt: skip
+    whole, weight = (result.to_target[result.index(name), :, 0] for name in raced)
+    assert np.isfinite(whole).any()
+    assert not np.array_equal(whole, weight, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "sophia", "newton_cg", "cubic_newton", "adahessian", "kfac"])
 def test_the_runner_is_a_plain_loop_with_the_same_arguments(name):
     params, args = problem()
     target = 0.8 * float(loss(params, *args))
-    step_size = {"sophia": 0.01, "adahessian": 0.01}.get(name, 1.0)
+    step_size = {"sophia": 0.01, "adahessian": 0.01, "kfac": 0.01}.get(name, 1.0)
     result = race.run(
         loss, params, {name: EVERY[name]}, sample=Partial(all_of_it, *args), steps=300,
         step_sizes=np.array([step_size]), seeds=1, target=target,
