@@ -3,10 +3,10 @@
     python -m benchmarks.race CONFIG [--rerun] [--smoke]
 
 CONFIG is a name in benchmarks/configs/: a task, arms (benchmarks/_race_arms.py), optimizers and the settings
-of the race. Every arm races every optimizer over 7 decades of step sizes around 2 / sharpness, refined until the
-best one of each seed is bracketed; a seed is a pretrained network. The table goes to
+of the race. Every arm races every optimizer over 7 decades of step sizes around 2 / sharpness, refined until
+the best one of each seed is bracketed; a seed is a pretrained network. The table goes to
 benchmarks/results/race_CONFIG.json and .svg. `--rerun` takes disjoint pretraining seeds and writes
-race_CONFIG_rerun.json. A race that was interrupted goes on where it was: finished chunks lie in results/state/.
+race_CONFIG_rerun.json. What was interrupted goes on where it was: finished chunks lie in results/state/.
 """
 
 from __future__ import annotations
@@ -76,11 +76,7 @@ def table(config: dict[str, Any], *, rerun: bool = False) -> list[dict[str, Any]
         began = time.perf_counter()
         found = rows_of(task, arm, config)
         rows += found
-        told = "  ".join(
-            f"{row['optimizer']} {np.nanmedian(row['steps']) if row['censored'] < len(row['steps']) else np.nan:.0f}"
-            f"{'*' if row['censored'] else ''}{'|' if row['at_edge'] else ''}"
-            for row in found
-        )
+        told = "  ".join(f"{row['optimizer']} {_told(row)}" for row in found)
         print(f"{arm['name']:>28} {time.perf_counter() - began:6.0f} s  {told}", flush=True)
     return rows
 
@@ -133,6 +129,11 @@ def _row(result: RaceResult, name: str) -> dict[str, Any]:
         "step_seconds": float(result.step_seconds[result.index(name)]),
         "seconds": result.seconds,
     }
+
+
+def _told(row: dict[str, Any]) -> str:
+    """Return median steps; * where a seed did not arrive, | where a best step size is at an edge."""
+    return f"{row['median']:.0f}{'*' if row['censored'] else ''}{'|' if row['at_edge'] else ''}"
 
 
 def ratios(rows: list[dict[str, Any]], config: dict[str, Any]) -> list[dict[str, Any]]:

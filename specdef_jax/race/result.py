@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,8 +11,6 @@ from jaxtyping import Float, Int
 from specdef_jax.errors import ProblemError, SpecError
 from specdef_jax.race.runs import Outcome
 from specdef_jax.race.statistics import Ratio, Survival, ratio_of_means, survival
-
-Unit = Literal["steps", "evaluations"]
 
 # The fields of one entry per (optimizer, step size, seed), and what stands where nothing was run.
 CELLS = {
@@ -140,7 +137,7 @@ class RaceResult:
         """Return the share of seeds still above the target (Kaplan-Meier), each at its best step size."""
         return survival(self.steps(name), self.cap)
 
-    def slowdown(self, baseline: RaceResult, unit: Unit = "steps") -> dict[str, Ratio]:
+    def slowdown(self, baseline: RaceResult, unit: str = "steps") -> dict[str, Ratio]:
         """Return steps / baseline steps per optimizer, paired by seed.
 
         The baseline of SpecDef's slowdown is the race at alpha = 1 with the same basis, side, k and
@@ -148,7 +145,7 @@ class RaceResult:
 
         Args:
           baseline: the race to compare with.
-          unit: what is counted. A seed without a crossing counts as what its runs took at the least.
+          unit: what is counted, "steps" or "evaluations". A seed without a crossing counts as what its runs took at the least.
 
         Raises:
           ProblemError: no optimizer ever reaches the target of the baseline: nothing to compare with.

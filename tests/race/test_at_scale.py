@@ -279,7 +279,7 @@ def test_refinement_that_finds_no_edge_stops_and_says_so():
     )  # fmt: skip
     assert np.isnan(found.steps("sgd")).all()
     assert found.grid("sgd").size <= 2 + 16 * 2
-    with pytest.raises(SpecError, match="refine = 1.0"):
+    with pytest.raises(SpecError, match=r"refine = 1\.0"):
         raced(refine=1.0)
 
 
