@@ -10,8 +10,16 @@ from specdef_jax.cli.certify import certify
 from specdef_jax.cli.checkpoint import attack, verify
 from specdef_jax.cli.deform import deform
 from specdef_jax.cli.inspect import inspect
+from specdef_jax.cli.race import run as race
 
-COMMANDS = {"certify": certify, "deform": deform, "inspect": inspect, "verify": verify, "attack": attack}
+COMMANDS = {
+    "certify": certify,
+    "deform": deform,
+    "inspect": inspect,
+    "verify": verify,
+    "attack": attack,
+    "race": race,
+}
 DESCRIPTION = "Deform open-weight models without changing what they compute, and certify what that does."
 
 

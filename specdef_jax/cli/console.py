@@ -7,7 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 Report = Callable[[str, int, int], None]
@@ -36,7 +44,8 @@ def reporting() -> Iterator[Report]:
     if not console.is_terminal:
         yield _log_lines(console)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description}")
+    columns = (SpinnerColumn(), text, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -50,11 +59,15 @@ def reporting() -> Iterator[Report]:
 
 def _log_lines(console: Console) -> Report:
     last = time.monotonic()
+    begun: dict[str, float] = {}
 
     def report(stage: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= _LOG_EVERY:
-            last = time.monotonic()
-            console.print(f"{stage}: {done} of {total}" if total else f"{stage} ...", markup=False)
+        now = time.monotonic()
+        begin = begun.setdefault(stage, now)
+        if now - last >= _LOG_EVERY:
+            last = now
+            left = f", about {(now - begin) * (total - done) / done:.0f} s left" if 0 < done < total else ""
+            console.print(f"{stage}: {done} of {total}{left}" if total else f"{stage} ...", markup=False)
 
     return report

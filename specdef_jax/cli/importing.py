@@ -30,3 +30,16 @@ def imported(reference: str) -> Any:
             raise ProblemError(f"{module} has no {attribute!r}; look at its spelling.")
         found = getattr(found, part)
     return found
+
+
+def arguments(reference: str | None) -> tuple[Any, ...]:
+    """Return the data of "module:name", a tuple of arrays or a function that returns one; () for None.
+
+    Raises:
+      ProblemError: as imported.
+    """
+    if reference is None:
+        return ()
+    found = imported(reference)
+    given: Any = found() if callable(found) else found
+    return tuple(given)

@@ -145,7 +145,8 @@ class RaceResult:
 
         Args:
           baseline: the race to compare with.
-          unit: what is counted, "steps" or "evaluations". A seed without a crossing counts as what its runs took at the least.
+          unit: what is counted, "steps" or "evaluations". A seed without a crossing counts as what its
+            runs took at the least.
 
         Raises:
           ProblemError: no optimizer ever reaches the target of the baseline: nothing to compare with.
