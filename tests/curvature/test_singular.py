@@ -133,15 +133,16 @@ def test_of_a_symmetric_operator_the_magnitudes():
 def test_a_transpose_of_something_else_is_noticed():
     matrix, other = (jnp.asarray(with_singular_values(SPECTRA["simple"], seed=s)) for s in (0, 1))
 
-    def lying(wrong):
+    def lying(wrong, factor=1.0):
         def transpose(a, b, u):
-            return a.T @ u + wrong * (b.T @ u)
+            return factor * (a.T @ u) + wrong * (b.T @ u)
 
         product = Partial(lambda a, b, v: a @ v, matrix, other)
         op = linear(product, matrix[0], symmetric=False)
         return svds(type(op)(op.product, op.domain, op.kind, False, transpose), K, key=KEY)
 
     assert lying(1e-3).status is Status.NOT_SYMMETRIC
+    assert lying(0.0, 1.001).status is Status.NOT_SYMMETRIC  # what differs is the diagonal alone
     assert lying(0.0).status is Status.CONVERGED
     assert "transpose" in Status.NOT_SYMMETRIC.advice
 
@@ -156,6 +157,35 @@ def test_not_finite_and_budget():
     broken = svds(from_matrix(matrix, symmetric=False), K, key=KEY)
     assert broken.status is Status.NOT_FINITE
     assert np.all(np.isnan(broken.values))
+
+
+TICKS = []
+
+
+def counted_product(a, v):
+    jax.debug.callback(lambda: TICKS.append(1))
+    return a @ v
+
+
+def counted_transpose(a, u):
+    jax.debug.callback(lambda: TICKS.append(1))
+    return a.T @ u
+
+
+@pytest.mark.parametrize(("name", "tol"), [("flat", 0.0), ("tie of 3", 1e-6), ("12 decades", 1e-9)])
+def test_products_are_counted_and_never_exceed_the_budget(name, tol):
+    matrix = jnp.asarray(with_singular_values(SPECTRA[name]))
+    op = linear(Partial(counted_product, matrix), matrix[0], symmetric=False)
+    op = type(op)(op.product, op.domain, op.kind, False, counted_transpose)
+    for budget in (46, 70, 101, 133, 190):
+        TICKS.clear()
+        found = svds(op, K, tol, key=KEY, max_matvecs=budget)
+        jax.effects_barrier()
+        assert int(found.matvecs) == len(TICKS)
+        assert len(TICKS) <= budget
+        if tol == 0:
+            assert found.status is Status.NOT_CONVERGED
+            assert len(TICKS) > budget - 2 * (20 + K), "the budget is not used"
 
 
 def test_float32_stops_at_its_floor():
