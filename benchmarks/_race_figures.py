@@ -13,13 +13,13 @@ COLOURS = ("#3b6ea8", "#c2542d", "#4f8a4c", "#8c5fa8", "#b08a2e", "#4a9aa5", "#a
 Rows = list[dict[str, Any]]
 
 
-def draw(config: dict[str, Any], rows: Rows, ratios: Rows, path: Path) -> None:
+def draw(config: dict[str, Any], ratios: Rows, path: Path) -> None:
     """Write the figure of a table."""
     over_alpha = [arm["alpha"] for arm in config["arms"] if "alpha" in arm and "baseline" in arm]
     if config.get("figure", "alphas") == "alphas" and len(over_alpha) > 2:
         figure = _small_multiples(config, ratios)
     else:
-        figure = _by_arm(config, rows, ratios)
+        figure = _by_arm(config, ratios)
     figure.savefig(path)
     plt.close(figure)
 
@@ -66,7 +66,7 @@ def _curve(ax: Axes, x: list[float], ratios: Rows, colour: str, label: str) -> N
         ax.plot(np.array(x)[chosen], value[chosen], marker, color=colour, markersize=3.5)
 
 
-def _by_arm(config: dict[str, Any], rows: Rows, ratios: Rows) -> Any:
+def _by_arm(config: dict[str, Any], ratios: Rows) -> Any:
     """Draw the ratio of every arm to its baseline, one column of dots per optimizer."""
     names = config["optimizers"]
     shown = [arm["name"] for arm in config["arms"] if "baseline" in arm]
@@ -74,7 +74,6 @@ def _by_arm(config: dict[str, Any], rows: Rows, ratios: Rows) -> Any:
         1, len(names), figsize=(3 + 2.2 * len(names), 1.0 + 0.3 * len(shown)), sharey=True, sharex=True,
         squeeze=False, layout="constrained",
     )  # fmt: skip
-    del rows
     for ax, name in zip(axes[0], names, strict=True):
         mine = {r["arm"]: r for r in ratios if r["optimizer"] == name and r["to"] == "target"}
         for y, arm in enumerate(reversed(shown)):

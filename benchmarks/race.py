@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks import _race_arms as arms
+from benchmarks import _race_exponents as exponents
 from benchmarks import _race_figures as figures
 from benchmarks._harness import RESULTS, save
 from specdef_jax import race
@@ -46,11 +47,19 @@ def main() -> None:
         config = smoke(config)
     name = f"race_{options.config}" + ("_rerun" if options.rerun else "")
     begin = time.perf_counter()
-    rows = table(config, rerun=options.rerun)
-    summary = {"seconds": time.perf_counter() - begin, "ratios": ratios(rows, config)}
-    if not options.smoke:
-        figures.draw(config, rows, summary["ratios"], RESULTS / f"{name}.svg")
-        save(name, config, rows, summary)
+    task = arms.task_of(config["task"], config["task"].get("first_seed", 0) + (1000 if options.rerun else 0))
+    rows = table(task, config)
+    summary: dict[str, Any] = {"seconds": time.perf_counter() - begin, "ratios": ratios(rows, config)}
+    path = RESULTS / f"{name}.svg"
+    if config.get("figure") == "exponents":
+        summary["exponents"] = exponents.fits(config, rows, task)
+    if options.smoke:
+        return
+    if "exponents" in summary:
+        exponents.draw(summary["exponents"], path)
+    else:
+        figures.draw(config, summary["ratios"], path)
+    save(name, config, rows, summary)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -67,10 +76,8 @@ def smoke(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"task": few, "race": race_settings, "arms": kept, "optimizers": config["optimizers"][:2]}
 
 
-def table(config: dict[str, Any], *, rerun: bool = False) -> list[dict[str, Any]]:
+def table(task: Task, config: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one row per arm and optimizer."""
-    first = config["task"].get("first_seed", 0) + (1000 if rerun else 0)
-    task = arms.task_of(config["task"], first)
     rows = []
     for arm in config["arms"]:
         began = time.perf_counter()
