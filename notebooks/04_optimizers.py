@@ -82,7 +82,8 @@ def raced(problems, optimizers, **settings):
     center = float(np.median([2 / abs(sharpness(p)) for p in problems]))
     given = {
         "sample": race.full_batch(*task.args), "steps": 300 if SMALL else 4096, "target": task.target,
-        "step_sizes": race.log_grid(center, decades=5, per_decade=1), "refine": 2.0, "prune": True, "lanes": 1,
+        "step_sizes": race.log_grid(center, decades=5, per_decade=1), "refine": 2.0,
+        "prune": True, "lanes": 1,
     }  # fmt: skip
     return race.run_problems(problems, optimizers, **(given | settings))
 
