@@ -33,7 +33,7 @@ from specdef_jax.attacks.adjacent import AdjacentPair, factors_of, kernels_of
 from specdef_jax.errors import LeafError
 from specdef_jax.parametrization import Deformed, is_structured
 
-Matrix = Float[np.ndarray, "rows columns"]
+Matrix = Float[np.ndarray, "_ _"]
 NONE = math.nan  # a score that does not exist for the layer
 ROUNDING = 1e-6  # relative, of a score that meets its limit exactly
 
@@ -230,7 +230,7 @@ def _maximum(numbers: list[float]) -> float:
     return max((x for x in numbers if not math.isnan(x)), default=NONE)
 
 
-def _wide(name: str, stack: Any) -> Float[np.ndarray, "s rows columns"]:
+def _wide(name: str, stack: Any) -> Float[np.ndarray, "_ _ _"]:
     """Return a stack of matrices in float64; LeafError if it is not finite."""
     array = np.asarray(stack).astype(np.float64)
     if not np.all(np.isfinite(array)):

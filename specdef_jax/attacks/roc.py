@@ -32,7 +32,7 @@ class Roc:
         return float(self.false_positives[i]), float(self.true_positives[i])
 
 
-def roc(scores: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"]) -> Roc:
+def roc(scores: Float[np.ndarray, " n"], labels: Bool[np.ndarray, "_"]) -> Roc:
     """Return the receiver operating characteristic of scores, the higher the more suspicious.
 
     Args:
