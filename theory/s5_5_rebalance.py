@@ -309,12 +309,20 @@ def _bounded(apply: Callable[..., Array], params: PyTree, x: Array) -> Array:
     return jnp.mean(jnp.sin(3 * apply(params, x)))
 
 
-def _quadratic(draw: Callable[..., Triple], key: PRNGKeyArray) -> dict[str, Array]:
+def _quadratics(draws: tuple[Callable[..., Triple], ...], key: PRNGKeyArray) -> dict[str, Array]:
+    """Return _quadratic of each family, leading axis over families: one program for all."""
+    keys = jax.random.split(key, len(draws))
+    factors = [draw(k, 2, 2, 3, 1)[:2] for draw, k in zip(draws, keys, strict=True)]
+    C, Wt = (jnp.stack(x) for x in zip(*factors, strict=True))
+    return jax.vmap(_quadratic)(C, Wt, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 1))
+
+
+def _quadratic(C: Array, Wt: Array, key: PRNGKeyArray) -> dict[str, Array]:
     """Both sides for L(W) = <G, W - W0> + (W - W0)^T H (W - W0) / 2 at W0 = C Wt, C 2 x 2, Wt 2 x 3."""
     keys = jax.random.split(key, 4)
-    C, Wt, _ = draw(keys[0], 2, 2, 3, 1)
-    C, Wt = C / jnp.linalg.norm(C), Wt / jnp.linalg.norm(Wt)  # a scale for the inserted identity to compare
-    C, Wt = 3 ** jax.random.normal(keys[1]) * C, 3 ** jax.random.normal(keys[1]) * Wt
+    # A scale of the order of 1, to compare with the inserted identity; s is a ninth to nine, mostly.
+    scales = 3 ** jax.random.normal(keys[0], (2,))
+    C, Wt = (scale * x / jnp.linalg.norm(x) for scale, x in zip(scales, (C, Wt), strict=True))
     H, G = jax.random.normal(keys[2], (6, 6)), jax.random.normal(keys[3], (2, 3))
     H, W = (H + H.T) / 2, C @ Wt
     balanced = balance(C, Wt)
@@ -366,8 +374,9 @@ def _matrices(key: PRNGKeyArray, size: Size) -> list[Certificate]:
     """The inequalities of (i) and (ii), and the identities, on random factors; a falsifier looks."""
     found = []
     search = falsify(_slack, _sample, key, tried=size.draws, climbed=size.starts // 2, steps=60).search
-    for number, (family, draw) in enumerate(triples(size).items()):
-        sides = over_draws(partial(_quadratic, draw), jax.random.fold_in(key, number), size.draws)
+    drawn = over_draws(partial(_quadratics, tuple(triples(size).values())), key, size.draws)
+    for number, family in enumerate(triples(size)):
+        sides = {side: values[:, number] for side, values in drawn.items()}
         name = f"{family} factors, 2 x 2 and 2 x 3"
         eps = np.finfo(float).eps
         # Products and decompositions of small matrices, and Hessians of ten variables.

@@ -198,7 +198,7 @@ def _pencil(X: Matrix, Y: Matrix, eps: float) -> Float[np.ndarray, " r"]:
     X, Y = X @ written, written.T @ Y
     read = _range(Y, eps)
     X, Y = X @ read, read.T @ Y
-    R1, R2 = np.linalg.qr(X, mode="r"), np.linalg.qr(Y.T, mode="r")
+    R1, R2 = np.linalg.qr(X)[1], np.linalg.qr(Y.T)[1]
     return np.linalg.svd(np.linalg.solve(R2.T, R1.T), compute_uv=False) if R2.size else np.zeros(0)
 
 

@@ -198,7 +198,7 @@ def low_rank(key, m, n):
 
 
 def test_roc_over_trained_and_natural_layers(networks):
-    """Nothing is tuned: the pair separates perfectly, the weight alone where layers have no gap of their own."""
+    """Nothing is tuned: the pair separates perfectly, the weight alone where layers have no own gap."""
     plain = [(params, where) for params, where in networks]
     natural = [({"w": low_rank(k, 12, 10)}, "w") for k in jax.random.split(KEY, 4)]
 
