@@ -37,8 +37,8 @@ def imbalance(C: Float[Array, "m d"], Wt: Float[Array, "d n"]) -> Float[Array, "
     """Return ||C||_F ||Wt||_F / ||C Wt||_*, at least 1, and 1 just where C^T C is a multiple of Wt Wt^T.
 
     Example:
-      >>> float(imbalance(jnp.diag(jnp.array([3.0, 4.0])), jnp.eye(2)).round(6))
-      1.010153
+      >>> round(float(imbalance(jnp.diag(jnp.array([3.0, 4.0])), jnp.eye(2))), 4)
+      1.0102
     """
     return jnp.linalg.norm(C) * jnp.linalg.norm(Wt) / nuclear_norm(C @ Wt)
 

@@ -178,6 +178,9 @@ def test_a_singular_pencil_is_taken_where_features_are_written_and_read():
     X = jnp.asarray(np.diag([4.0, 1.0, 0.0])), jnp.asarray(np.diag([1.0, 1.0, 5.0]))
     found = attacks.detect({"X": X[0], "Y": X[1]}, [AdjacentPair("X", "Y")])["X + Y"]
     assert found.pencil_gap == pytest.approx(4.0)
+    Y = jnp.diag(jnp.array([1.0, 1.0, 0.0]))
+    unread = attacks.detect({"X": jnp.diag(jnp.array([4.0, 1.0, 7.0])), "Y": Y}, [AdjacentPair("X", "Y")])
+    assert unread["X + Y"].pencil_gap == pytest.approx(4.0)
     zero = attacks.detect({"X": jnp.zeros((3, 2)), "Y": jnp.ones((2, 3))}, [AdjacentPair("X", "Y")])["X + Y"]
     assert zero.pencil_gap == 1.0
     assert math.isnan(zero.imbalance)
