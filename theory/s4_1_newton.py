@@ -47,7 +47,6 @@ SOURCE. Ours; affine invariance of Newton's method is textbook (Boyd and Vandenb
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -57,9 +56,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import specdef_jax as sd
-from specdef_jax import bounds, trees
+from specdef_jax import bounds
 from specdef_jax.optim.cubic_newton import cubic_step
-from specdef_jax.parametrization import Deformed, is_structured, loss_on
+from specdef_jax.parametrization import loss_on
 from specdef_jax.spec import Plan
 from specdef_jax.words import Word
 from theory.assumptions import require, require_congruence
@@ -81,6 +80,7 @@ from theory.fits import exponent
 from theory.forms import USUAL, alternating, planned
 from theory.hessians import Curvature, curvature_of, linear_matrix, rounding, sigma_1
 from theory.instances.networks import Instance, mlp_instance, networks
+from theory.orbit import orbit_maps
 from theory.sizes import Size
 
 ALPHA = 7.0
@@ -229,45 +229,9 @@ def _cubic(
     ]  # fmt: skip
 
 
-def _generators(inserted: PyTree, plan: Plan) -> tuple[Callable[[PyTree, Array], PyTree], int]:
-    """Return M: (tree, A) -> M_A tree for the plan's first layer, and m, the features between the factors."""
-    path, layer = next(plan.items())
-
-    def generate(tree: PyTree, A: Array) -> PyTree:
-        def visit(name: str, leaf: Any) -> Any:
-            if name != path:
-                return jax.tree.map(jnp.zeros_like, leaf)
-            assert isinstance(leaf, Deformed)
-            matrix = layer.axes.to_matrix(leaf.weight, leaf.side) @ A
-            comp = -A @ leaf.comp if leaf.side == "output" else -leaf.comp @ A.T
-            return replace(
-                leaf, weight=layer.axes.from_matrix(matrix, leaf.weight.shape, leaf.side), comp=comp
-            )
-
-        return trees.map_named(visit, tree, is_leaf=is_structured)
-
-    return generate, layer.U.shape[0]
-
-
-def _orbit_maps(one: Curvature, inserted: PyTree, plan: Plan) -> tuple[Array, Array]:
-    """Return J: A -> t_A and N: A -> M_A^T g_1 as matrices (n, m^2)."""
-    generate, m = _generators(inserted, plan)
-    unravel = ravel_pytree(inserted)[1]
-    gradient = unravel(one.gradient)
-    units = jnp.eye(m * m).reshape(-1, m, m)
-
-    def columns(tree: PyTree, transposed: bool) -> Array:
-        def column(A: Array) -> Array:
-            return ravel_pytree(generate(tree, A.T if transposed else A))[0]
-
-        return jax.vmap(column)(units).T
-
-    return columns(inserted, False), columns(gradient, True)
-
-
 def _orbit(one: Curvature, inserted: PyTree, plan: Plan, name: str, key: PRNGKeyArray) -> list[Certificate]:
     """(e): the derivative of the invariance, and the singular values that it bounds."""
-    J, N = _orbit_maps(one, inserted, plan)
+    J, N = orbit_maps(one, inserted, plan)
     count = J.shape[1]
     values = jnp.sort(jnp.abs(jnp.linalg.eigvalsh(one.hessian)))
     bound = jnp.linalg.norm(N, 2) / jnp.linalg.svd(J, compute_uv=False)[-1]
@@ -291,7 +255,7 @@ def _stationary(instance: Instance, key: PRNGKeyArray) -> list[Certificate]:
 
     inserted = sd.apply_plan(instance.params, plan.with_alpha(1.0))
     one = curvature_of(fitted, inserted, x, targets)
-    J, _ = _orbit_maps(one, inserted, plan)
+    J, _ = orbit_maps(one, inserted, plan)
     values = jnp.sort(jnp.abs(jnp.linalg.eigvalsh(one.hessian)))
     residual = 0.3
     scalar = jnp.array([[1.0, 1 + residual], [1 + residual, 1.0]])  # of (c w - y)^2 / 2 at c = w = 1

@@ -141,7 +141,7 @@ def on_blocks(own: Blocks, name: str) -> Certificates:
         return [
             equality("|H_a p + g_a|^2 = |G_r|^2 + |G_s|^2 / a^2, p the fast block's solution", name, left,
                      predicted, note="eight alphas from 32 to 1e4"),
-            fit("the least tolerance that accepts it falls as a^-1", name, exponent(ALPHAS, ratio).slope, -1.0,
+            fit("the least tolerance that accepts it falls as a^-1", name, exponent(ALPHAS, ratio).slope, -1,
                 tolerance=0.05, count=len(ALPHAS),
                 note=f"accepted at tol = {TOL:g} from a = {_threshold(size, reduced):.3g}"),
         ]  # fmt: skip
@@ -187,8 +187,8 @@ def _stopping(key: PRNGKeyArray, size: Size) -> list[Certificate]:
     fast = jnp.diag(jnp.where(own.order == 1, 0.0, 1.0))
     singular = own._replace(hessian=fast @ own.hessian @ fast)
     return [
-        equality("|H_a p + g_a|^2 = |G_r|^2 + |G_s|^2 / a^2, p the fast block's solution", name, sides["left"],
-                 sides["predicted"], scale=sides["whole"]),
+        equality("|H_a p + g_a|^2 = |G_r|^2 + |G_s|^2 / a^2, p the fast block's solution", name,
+                 sides["left"], sides["predicted"], scale=sides["whole"]),
         refuted('"the rule is met by the fast block alone once tol a >= |g_r| / |g_f|" is false', name,
                 sides["left"], sides["noted"], allowance=1e-9 * sides["whole"],
                 note="the reduced gradient G_r takes the place of g_r; left: residual, right: tol |g_a|"),
