@@ -145,7 +145,7 @@ def on_network(
 def newton_certificates(
     loss: Callable[..., Array], inserted: PyTree, plan: Plan, *args: Any, name: str, steps: int = 4
 ) -> Certificates:
-    """Certify (a) along some Newton steps of length 0.3.
+    """Certify (a) along some Newton steps, of length 0.3 at most.
 
     Args:
       loss: on deformed trees.
@@ -174,11 +174,11 @@ def newton_certificates(
             condition = sum(jnp.linalg.cond(c.hessian) for c in (one, at))
             allowed.append(64 * len(p) * EPS * condition)
             decrements.append((at.gradient @ p_a, one.gradient @ p))
-            flat = flat + 0.3 * p
+            flat = flat + _length(p) * p
         found, expected = np.asarray(decrements).T
         return [
             equality("H_a (phi p_1) = -g_a, relative to ||H_a|| |phi p_1|", name, residual, np.zeros(steps),
-                     scale=np.asarray(scale), note=f"{steps} Newton steps of length 0.3"),
+                     scale=np.asarray(scale), note=f"{steps} Newton steps, 0.3 p / max(1, |p|)"),
             inequality("|p_a - phi p_1| / |phi p_1| is rounding", name, error, np.zeros(steps),
                        allowance=np.asarray(allowed), word=Word.CHECKED,
                        note="allowance: 64 n u (cond H_1 + cond H_a)"),
@@ -187,6 +187,10 @@ def newton_certificates(
         ]  # fmt: skip
 
     return under_assumptions(claim, name, evaluate)
+
+
+def _length(step: Array) -> Array:
+    return 0.3 / jnp.maximum(1.0, jnp.linalg.norm(step))
 
 
 def _is_singular(H: Array) -> bool:
@@ -309,7 +313,7 @@ def _pseudo_inverse_losses(
     losses, allowed = [], []
     error = 0.0
     for _ in range(steps):
-        after = []
+        after, length = [], None
         for point in points:
             flat_point, unravel = ravel_pytree(point)
             at = curvature_of(loss, point, *args)
@@ -319,7 +323,8 @@ def _pseudo_inverse_losses(
             condition = jnp.max(jnp.abs(values)) / jnp.min(jnp.abs(values[keep]))
             size = jnp.linalg.norm(at.gradient) * jnp.linalg.norm(step)
             error += float(64 * len(values) * EPS * condition * size)
-            after.append(unravel(flat_point + 0.3 * step))
+            length = _length(step) if length is None else length  # the inserted network's, for both
+            after.append(unravel(flat_point + length * step))
         points = after
         losses.append([float(loss(point, *args)) for point in points])
         allowed.append(error)

@@ -28,7 +28,7 @@ def fast_alone_residual(
     fast = scales > 1
     # The fast block, with the identity in place of the others, so that shapes do not depend on values.
     block = jnp.where(fast[:, None] & fast, H, jnp.eye(len(H), dtype=H.dtype))
-    step = jnp.where(fast, jnp.linalg.solve(block, -jnp.where(fast, g, 0)), 0)
+    step = jnp.where(fast, jnp.linalg.solve(block, -g), 0)
     left = jnp.where(fast, 0, g + H @ step)
     return jnp.linalg.norm(scales * left), jnp.linalg.norm(scales * g)
 
