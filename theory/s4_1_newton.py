@@ -7,8 +7,8 @@ phi theta.
       same.
   (b) (H_a + lambda I)^-1 g_a = phi (H_1 + lambda phi^T phi)^-1 g_1. phi^T phi has the eigenvalues a^-2 on
       C's fast directions (m k), a^2 on U E^T (k n), 1 on the rest. A FIXED lambda therefore damps the rest
-      as ever, the fast directions less, and slows U E^T alone, as a^-2. lambda = lambda_0 sigma_1(H_a) slows
-      the rest as a^-2 and U E^T as a^-4. The same with Gauss-Newton or Fisher matrices in place of H.
+      as ever, the fast directions less, and slows U E^T alone, as a^-2. lambda = lambda_0 sigma_1(H_a),
+      lambda_0 > 1 or K_U >= 0, slows the rest as a^-2 and U E^T as a^-4. The same with Gauss-Newton or Fisher matrices in place of H.
   (c) For H_1 >= 0 the decrease that the damped model predicts, q_a(lambda) = g_a^T (H_a + lambda I)^-1 g_a /
       2, lies between those of the original with a^2 lambda and with a^-2 lambda, both attained.
   (d) Cubic regularization sigma |s|^3 / 3 and trust regions |s| <= r of the deformed network are sigma
@@ -353,10 +353,10 @@ def _scaling(instance: Instance, key: PRNGKeyArray) -> list[Certificate]:
 
 
 def damped_step(own: Blocks, alpha: float, damping: float | None) -> Array:
-    """Return the original's step for a damping of the deformed network, None for 1 sigma_1(H_a)."""
+    """Return the original's step for a damping of the deformed network, None for 2 sigma_1(H_a)."""
     scales = own.scales(alpha)
     if damping is None:
-        damping = sigma_1(scales[:, None] * own.hessian * scales)
+        damping = 2 * sigma_1(scales[:, None] * own.hessian * scales)
     return -jnp.linalg.solve(own.hessian + damping * jnp.diag(scales**-2.0), own.gradient)
 
 

@@ -82,7 +82,7 @@ FLAT = 1e-11  # a third derivative below this share of the second is rounding
 def certify(key: PRNGKeyArray, size: Size) -> Certificates:
     """Certify (a) on networks and tensors, the orders of (b), and measure (c)."""
     found: list[Certificate] = []
-    instances = networks(size, key, hard="cnn")
+    instances = networks(size, key, hard="linear tail")
     for instance in instances:
         for form in alternating(size, instance is instances[0]):
             plan, name = planned(instance, ALPHA, form, key)
