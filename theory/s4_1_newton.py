@@ -9,10 +9,11 @@ phi theta.
       C's fast directions (m k), a^2 on U E^T (k n), 1 on the rest. A FIXED lambda therefore damps the rest
       as ever, the fast directions less, and slows U E^T alone, as a^-2. lambda = lambda_0 sigma_1(H_a),
       lambda_0 > 1 or K_U >= 0, slows the rest as a^-2 and U E^T as a^-4. The same with Gauss-Newton or
-  Fisher matrices in place of H. (c) For H_1 >= 0 the decrease that the damped model predicts, q_a(lambda) =
-      g_a^T (H_a + lambda I)^-1 g_a / 2, lies between those of the original with a^2 lambda and with a^-2
-  lambda, both attained. (d) Cubic regularization sigma |s|^3 / 3 and trust regions |s| <= r of the deformed
-      network are sigma |phi s|^3 / 3 and |phi s| <= r of the original.
+      Fisher matrices in place of H.
+  (c) For H_1 >= 0 the decrease that the damped model predicts, q_a(lambda) = g_a^T (H_a + lambda I)^-1 g_a /
+      2, lies between those of the original with a^2 lambda and with a^-2 lambda, both attained.
+  (d) Cubic regularization sigma |s|^3 / 3 and trust regions |s| <= r of the deformed network are sigma
+      |phi s|^3 / 3 and |phi s| <= r of the original.
   (e) H_1 is nearly singular near stationary points and singular at them: C Wt = (C G^-1)(G Wt), so with
       t_A = M_A theta = (-C A, A Wt, 0), A any m x m matrix, H_1 t_A = -M_A^T g_1 everywhere. Hence m^2
       singular values of H_1 are at most |g_1| max_A |M_A| / min_A |t_A|, and at stationary points m^2

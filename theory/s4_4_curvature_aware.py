@@ -13,9 +13,10 @@ STATEMENT.
       to the step without damping. A KL clip or any other length common to all layers couples them again.
   (d) A diagonal preconditioner |diag(H)|, exact, undoes the deformation where phi is diagonal (axis,
       rotated): with momentum and running squares, eps = 0, theta_a,t = phi theta_t. Not in the symmetric
-  basis. (e) Hutchinson's estimate z_i (H z)_i, random signs z, has mean H_ii, variance sum_(j != i) H_ij^2,
-      and so the root mean square |H e_i|, the norm of a ROW. (Normal z: 2 H_ii^2 more.) For H >= 0 the
-      variance is at most H_ii sum_(j != i) H_jj.
+      basis.
+  (e) Hutchinson's estimate z_i (H z)_i, random signs z, has mean H_ii, variance sum_(j != i) H_ij^2, and so
+      the root mean square |H e_i|, the norm of a ROW. (Normal z: 2 H_ii^2 more.) For H >= 0 the variance is
+      at most H_ii sum_(j != i) H_jj.
   (f) On the deformed network, phi^-1 = diag(s): variance s_i^2 sum s_j^2 H_ij^2. Noise over diagonal stays
       on the fast directions, grows as a on the rest and as a^2 on the slow directions of Wt; as many probes
       as a^2, a^4 are needed. AdaHessian, whose running mean of squares tends to |H_a e_i|^2, steps as (s_i
