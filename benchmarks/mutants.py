@@ -45,6 +45,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("chain", "chain_sides", "1 -> 2"): "an update beyond the last index, which JAX drops",
     ("fast_subspace", "fast_subspace_loss", "1.0 -> 1.1"): "the infimum over B is the same for every alpha",
     ("fast_subspace", "_move", "matrix + step -> matrix - step"): _SIGN,
+    ("hutchinson", "probes_needed", "1 -> 2"): _MASKED,
     ("information", "floor_interval", "1 -> 2"): _MASKED,
     ("product", "_overlaps", "1 -> 2"): "one more zero behind the singular values, where a zero is the end",
     ("product", "_smallest", "-1 -> 1"): _SHAPE,

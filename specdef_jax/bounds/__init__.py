@@ -34,6 +34,13 @@ from specdef_jax.bounds.compensation import (
     sharpness_remainder,
     sharpness_upper,
 )
+from specdef_jax.bounds.complexity import (
+    deformed_lipschitz,
+    first_order_lower,
+    first_order_upper,
+    second_order_lower,
+    second_order_upper,
+)
 from specdef_jax.bounds.congruence import (
     condition,
     congruent_product,
@@ -43,8 +50,10 @@ from specdef_jax.bounds.congruence import (
     preconditioned,
 )
 from specdef_jax.bounds.fast_subspace import fast_limit_error, fast_subspace, fast_subspace_loss
+from specdef_jax.bounds.hutchinson import diagonal_variance, estimated_diagonal, probes_needed
 from specdef_jax.bounds.information import floor_interval, least_information, linear_information
 from specdef_jax.bounds.interlacing import compression_intervals, matrix_intervals, off_diagonal_bound
+from specdef_jax.bounds.newton import damping_interval, damping_metric, damping_norm
 from specdef_jax.bounds.product import (
     product_allowance,
     product_bound,
@@ -74,6 +83,7 @@ from specdef_jax.bounds.rounding_limits import (
 )
 from specdef_jax.bounds.sandwich import Sandwich, sandwich, sandwich_sides
 from specdef_jax.bounds.stability import Method, max_stable_step, max_stable_step_deformed
+from specdef_jax.bounds.truncated_newton import blocks_solved, cg_iterations, fast_alone_residual, outer_steps
 from specdef_jax.bounds.two_steps import (
     frozen_velocity,
     slow_dimension,
@@ -93,7 +103,9 @@ __all__ = [
     "best_heavy_ball",
     "best_rate",
     "best_step",
+    "blocks_solved",
     "ceiling_steps",
+    "cg_iterations",
     "chain_exponent",
     "chain_sides",
     "compensation_block",
@@ -101,16 +113,25 @@ __all__ = [
     "compression_intervals",
     "condition",
     "congruent_product",
+    "damping_interval",
+    "damping_metric",
+    "damping_norm",
     "decay_factor",
+    "deformed_lipschitz",
+    "diagonal_variance",
     "displacement_limit",
     "displacement_supremum",
     "entry_growth",
+    "estimated_diagonal",
     "exact_alpha_range",
     "factored_sharpness_upper",
+    "fast_alone_residual",
     "fast_blocks",
     "fast_limit_error",
     "fast_subspace",
     "fast_subspace_loss",
+    "first_order_lower",
+    "first_order_upper",
     "floor_interval",
     "frozen_velocity",
     "gap_sides",
@@ -128,6 +149,7 @@ __all__ = [
     "nuclear_norm",
     "off_diagonal_bound",
     "ostrowski",
+    "outer_steps",
     "pair_defect",
     "paper_compensation",
     "pencil_gap",
@@ -135,6 +157,7 @@ __all__ = [
     "phi",
     "phi_inverse",
     "preconditioned",
+    "probes_needed",
     "product_allowance",
     "product_bound",
     "product_reported",
@@ -144,6 +167,8 @@ __all__ = [
     "quadratic_loss",
     "sandwich",
     "sandwich_sides",
+    "second_order_lower",
+    "second_order_upper",
     "sharpness_remainder",
     "sharpness_upper",
     "sign_min_steps",
