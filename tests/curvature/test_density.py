@@ -121,6 +121,14 @@ def test_trace_is_unbiased_and_its_error_is_its_error():
     assert float(found.stderr) < 0.02 * exact  # Hutchinson's: sqrt(2) ||A||_F / sqrt(20) = 0.33
 
 
+@pytest.mark.parametrize("probes", [2, 6, 29])
+def test_trace_of_a_multiple_of_the_identity_is_exact(probes):
+    # what a left-out vector sees beyond the range of the others is the same in every direction
+    found = trace(from_matrix(3.0 * np.eye(30)), key=KEY, probes=probes)
+    assert float(found.value) == pytest.approx(90, rel=1e-12)
+    assert float(found.stderr) < 1e-11
+
+
 @pytest.mark.parametrize("rank", [0, 1, 4])
 def test_trace_of_low_rank_is_exact(rank):
     values = np.r_[np.zeros(N - rank), -3.0 - np.arange(rank)]

@@ -111,6 +111,12 @@ def test_factorization_identities():
         beyond = np.outer(v[12] * float(state.beta), np.eye(12)[11])
         np.testing.assert_allclose(matrix.T @ u.T, v[:12].T @ b.T + beyond, atol=1e-14)
         state, bases = bidiagonal.rotate(setting, state, bases)
+        v, u = np.asarray(bases.right), np.asarray(bases.left)
+        values = np.diag(state.projection)[: setting.kept]
+        rest = u[: setting.kept] @ matrix - values[:, None] * v[: setting.kept]
+        coupling = np.asarray(state.projection)[: setting.kept, setting.kept]
+        np.testing.assert_allclose(rest, np.outer(coupling, v[setting.kept]), atol=1e-14)
+        np.testing.assert_allclose(state.estimates, np.linalg.norm(rest[:K], axis=1), atol=1e-14)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (2, 5), (5, 5), (40, 39)])
