@@ -11,7 +11,7 @@ and interrupts only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -114,19 +114,8 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
     def train(i: Array | int, carry: Carry) -> tuple[Carry, Array]:
         params, state, spent = carry
         args = runs.sample(jax.random.fold_in(lane.key, lane.t + i))
-        value, grad = jax.value_and_grad(loss)(params, *args)
-
-        def value_fn(p: PyTree) -> Array:
-            return loss(p, *args)
-
-        def hvp(tangent: PyTree) -> PyTree:
-            return jax.jvp(jax.grad(value_fn), (params,), (tangent,))[1]
-
-        # obj_fn is what optax's Hutchinson estimator calls value_fn
-        more = {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "hvp": hvp}
-        updates, state = optimizer.update(grad, state, params, **more)
-        spent = spent + work(state).astype(spent.dtype)
-        return (optax.apply_updates(params, updates), state, spent), value
+        params, state, value = step(optimizer, loss, params, state, args)
+        return (params, state, spent + work(state).astype(spent.dtype)), value
 
     carry, value = train(0, (lane.problem.params, lane.state, lane.spent))
     if runs.eval_args is not None:
@@ -142,6 +131,28 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
         t=lane.t + eval_every,
         spent=jnp.where(evaluated.finished, lane.spent, spent),  # the steps after the end are thrown away
     )
+
+
+def step(
+    optimizer: optax.GradientTransformationExtraArgs,
+    loss: Callable[..., Array],
+    params: PyTree,
+    state: PyTree,
+    args: Sequence[Any],
+) -> tuple[PyTree, PyTree, Array]:
+    """Take one step with all that an optimizer may ask for; return params, state and the loss before it."""
+    value, grad = jax.value_and_grad(loss)(params, *args)
+
+    def value_fn(p: PyTree) -> Array:
+        return loss(p, *args)
+
+    def hvp(tangent: PyTree) -> PyTree:
+        return jax.jvp(jax.grad(value_fn), (params,), (tangent,))[1]
+
+    # obj_fn is what optax's Hutchinson estimator calls value_fn
+    more = {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "hvp": hvp}
+    updates, state = optimizer.update(grad, state, params, **more)
+    return optax.apply_updates(params, updates), state, value
 
 
 def _evaluate(runs: Runs, eval_every: int, best: Array, lane: Lane, value: Array) -> Lane:
