@@ -24,6 +24,8 @@ from specdef_jax.errors import SelectionError, SpecError
 from specdef_jax.parametrization import Deformed, Problem, is_structured
 from specdef_jax.select import Candidate, matches
 
+_BIASES = ("b", "bias")  # stacked over layers or experts, they have the rank of a matrix
+
 
 def lora(
     loss: Callable[..., Array],
@@ -88,4 +90,6 @@ def _chosen(deformed: PyTree, targets: tuple[str, ...]) -> dict[str, Any]:
 def _is_matrix(name: str, leaf: Any) -> bool:
     if is_structured(leaf):
         return isinstance(leaf, Deformed)
-    return jnp.ndim(leaf) in PLAIN and Candidate(name, jnp.shape(leaf), leaf.dtype).is_matrix
+    if jnp.ndim(leaf) not in PLAIN or name.rpartition("/")[2] in _BIASES:
+        return False
+    return Candidate(name, jnp.shape(leaf), leaf.dtype).is_matrix
