@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from specdef_jax.attacks.bill import Attack, Knowledge, carry_out
-from specdef_jax.attacks.released import pairs_of
+from specdef_jax.attacks.released import check_invertible, pairs_of
 from specdef_jax.attacks.rescaling import KFac, Rescaled, placed, right_of
 from specdef_jax.errors import ProblemError
 from specdef_jax.parametrization import Deformed, Problem, is_structured, problem
@@ -46,8 +46,8 @@ def precondition(
       damping: of K-FAC, which takes one more gradient a step.
 
     Raises:
-      ProblemError: nothing is deformed, a compensation is singular, or K-FAC meets a deformed kernel that is
-        no plain matrix.
+      ProblemError: nothing is deformed, a compensation is singular ("diagonal"), or K-FAC meets a deformed
+        kernel that is no plain matrix.
     """
     pairs = pairs_of(deformed)
     if method == "kfac":
@@ -69,9 +69,8 @@ def precondition(
 def _problem(
     loss: Callable[..., Array], deformed: PyTree, turn: Callable[[Deformed], Deformed], *args: Any
 ) -> Problem:
-    for name, pair in pairs_of(deformed).items():
-        if not bool(jnp.all(jnp.linalg.svd(pair.comp, compute_uv=False) > 0)):
-            raise ProblemError(f"'{name}': its compensation is singular or not finite; use fuse.")
+    if turn is _turned:
+        check_invertible(deformed)
     with jax.enable_x64(True):  # so that a float64 leaf stays float64
         params = jax.tree.map(
             lambda leaf: turn(leaf) if isinstance(leaf, Deformed) else leaf, deformed, is_leaf=is_structured

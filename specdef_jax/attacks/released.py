@@ -82,6 +82,18 @@ def kernels_in_place(
     return merge(plain)
 
 
+def check_invertible(deformed: PyTree) -> None:
+    """Raise ProblemError if a compensation is singular to rounding, or not finite, or nothing is deformed."""
+    for name, pair in pairs_of(deformed).items():
+        values = jnp.linalg.svd(pair.comp, compute_uv=False)
+        smallest, largest = float(values.min()), float(values.max())
+        if not smallest > jnp.finfo(values.dtype).eps * largest:
+            raise ProblemError(
+                f"'{name}': the singular values of its compensation go from {largest:.3g} down to "
+                f"{smallest:.3g}, or are not finite; no metric follows from it. Use fuse."
+            )
+
+
 def moved(task: Problem, params: PyTree) -> None:
     """Check that all that an attack trains has moved from where it started.
 

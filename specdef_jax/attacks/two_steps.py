@@ -18,8 +18,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from specdef_jax.attacks.bill import Attack, Factory, carry_out
-from specdef_jax.attacks.released import pairs_of
-from specdef_jax.errors import ProblemError
+from specdef_jax.attacks.released import check_invertible
 from specdef_jax.parametrization import Deformed, Problem, is_structured, problem
 
 
@@ -93,10 +92,5 @@ def shares(params: PyTree) -> PyTree:
 
 
 def _problem(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Problem:
-    for name, pair in pairs_of(shares(deformed)).items():
-        if not bool(jnp.all(pair.comp > 0)):
-            raise ProblemError(
-                f"'{name}': the smallest singular value of its compensation is zero or not a number; no step "
-                "size follows from it. Use fuse."
-            )
+    check_invertible(deformed)
     return problem(loss, deformed, *args)

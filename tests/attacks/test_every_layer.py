@@ -56,9 +56,7 @@ def trained(kind_name, name):
                 return task.loss(p, *args)
 
             value, grad = jax.value_and_grad(value_fn)(params)
-            updates, state = optimizer.update(
-                grad, state, params, value=value, grad=grad, value_fn=value_fn
-            )
+            updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
             return (optax.apply_updates(params, updates), state), None
 
         (params, _), _ = jax.lax.scan(step, (task.params, optimizer.init(task.params)), None, length=5)
@@ -69,7 +67,7 @@ def trained(kind_name, name):
 
 @pytest.mark.parametrize(("kind_name", "name"), [case for case in CASES if out_of_scope(*case)])
 def test_what_cannot_be_attacked_so_is_refused_with_a_remedy(kind_name, name):
-    with pytest.raises(ProblemError, match="rebalance|'diagonal' or 'phi'"):
+    with pytest.raises(ProblemError, match=r"rebalance|'diagonal' or 'phi'"):
         made_by(kind_name, name)
 
 
@@ -157,10 +155,7 @@ def test_the_registry_names_attacks_that_differ():
     flat = {name: np.concatenate([np.ravel(x) for x in jax.tree.leaves(end)]) for name, end in ends.items()}
     names = list(flat)
     same = {
-        (a, b)
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-        if np.abs(flat[a] - flat[b]).max() < 1e-12
+        (a, b) for i, a in enumerate(names) for b in names[i + 1 :] if np.abs(flat[a] - flat[b]).max() < 1e-12
     }
     assert same == {
         ("fuse", "inject"),  # 5.3

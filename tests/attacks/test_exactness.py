@@ -113,7 +113,9 @@ def test_two_steps_is_gradient_descent_in_the_metric_of_the_plan(network, plan, 
     task = attacks.two_steps(LOSS, deformed, *args).problem
 
     def by_plan(step_size):
-        return optax.chain(optax.stateless(lambda g, _: jax.tree.map(jnp.multiply, g, metric)), sgd(step_size))
+        return optax.chain(
+            optax.stateless(lambda g, _: jax.tree.map(jnp.multiply, g, metric)), sgd(step_size)
+        )
 
     apart, moved = distance((task, task), args, factories=((TwoSteps(sgd), 0.1), (by_plan, 0.1)), steps=30)
     assert apart < 1e-9 * moved
@@ -205,9 +207,11 @@ def test_a_chain_of_one_is_freezing_and_longer_ones_are_sharper(network):
 
 def identity_inserted(released):
     return jax.tree.map(
-        lambda leaf: Deformed(leaf.materialize(), jnp.eye(len(leaf.comp)), leaf.side, leaf.axes)
-        if isinstance(leaf, Deformed)
-        else leaf,
+        lambda leaf: (
+            Deformed(leaf.materialize(), jnp.eye(len(leaf.comp)), leaf.side, leaf.axes)
+            if isinstance(leaf, Deformed)
+            else leaf
+        ),
         released,
         is_leaf=is_structured,
     )
