@@ -20,7 +20,7 @@ NETWORK = mlp((8, 6, 5, 3))
 LOSS, ARGS = cross_entropy(NETWORK.apply), data(12, 8)
 PARAMS = NETWORK.init(KEY)
 SIZE = 8 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3
-# Scalars beyond the plain network and beyond the release; the kernel (6, 5) has C (5, 5). LoRA is on all three.
+# Scalars beyond the plain network and the release; the kernel (6, 5) has C (5, 5). LoRA is on all three.
 ADAPTERS = 4 * (8 + 6) + 4 * (6 + 5) + 4 * (5 + 3)
 COUNTS = {
     "fuse": (0, -25),
@@ -114,7 +114,7 @@ def test_moved_names_what_stayed(released):
 
 
 def test_problems_of_one_attack_share_a_structure(released):
-    """Networks of different seeds are raced as one program: the loss of an attack holds nothing of its own."""
+    """Networks of different seeds are raced as one program: a loss holds nothing of its own."""
     other = sd.deform(
         NETWORK.init(jax.random.key(8)), sd.SpecDef(alpha=9.0, side="output"), where="layer_1/w", key=KEY
     )

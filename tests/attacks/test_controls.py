@@ -1,7 +1,7 @@
-"""Controls: every attack reaches the target where nothing is deformed, and a broken one does not (THEORY.md 5).
+"""Controls: every attack reaches the target where nothing is deformed, and a broken one does not.
 
-All kernels are deformed, so that a broken attack has nothing but biases to train. Steps are those of SGD at the
-best of twelve step sizes.
+All kernels are deformed, so that a broken attack has nothing but biases to train. Steps are those of SGD at
+the best of twelve step sizes.
 """
 
 import functools

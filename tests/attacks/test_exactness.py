@@ -1,4 +1,4 @@
-"""What is the same, step for step, and what is not: the linear-size limit and its neighbours (THEORY.md 5.3)."""
+"""What is the same, step for step, and what is not: the linear-size limit and others (THEORY.md 5.3)."""
 
 import functools
 
@@ -139,7 +139,7 @@ def test_the_diagonal_metric_is_gradient_descent_with_the_identity_inserted(netw
 
 
 def test_what_an_optimizer_is_given_is_converted_too(network, deformed):
-    """Truncated Newton by products and values in rescaled coordinates is that of the turned, undeformed pair."""
+    """Truncated Newton in rescaled coordinates is that of the turned, undeformed pair."""
     args = network[1]
     attack = attacks.precondition(LOSS, deformed, *args)
     D = Rescaled(sgd)(1.0).init(attack.problem.params).D
