@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from specdef_jax import trees
 from specdef_jax.attacks.bill import Attack, carry_out
-from specdef_jax.attacks.released import pairs_of, plain_problem
+from specdef_jax.attacks.released import pairs_of
 from specdef_jax.parametrization import Deformed, Problem, is_structured, loss_on, merge
 
 
@@ -33,7 +33,7 @@ def freeze(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
       ProblemError: nothing is deformed.
     """
     convert = functools.partial(_problem, loss, deformed, *args)
-    return carry_out("freeze", convert, plain_problem(loss, deformed), *args)
+    return carry_out("freeze", convert, loss, deformed, *args)
 
 
 def _problem(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Problem:

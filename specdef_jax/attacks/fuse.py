@@ -25,4 +25,4 @@ def fuse(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
     """
     pairs_of(deformed)
     convert = functools.partial(plain_problem, loss, deformed)
-    return carry_out("fuse", convert, convert(), *args)
+    return carry_out("fuse", convert, loss, deformed, *args)

@@ -10,15 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
-from specdef_jax import trees
 from specdef_jax.attacks.bill import Attack, carry_out
-from specdef_jax.attacks.released import pairs_of, plain_problem
-from specdef_jax.parametrization import Deformed, Problem, is_structured
+from specdef_jax.attacks.released import in_place, kernels_in_place, through
+from specdef_jax.parametrization import Problem
 
 
 def inject(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
@@ -33,26 +31,14 @@ def inject(loss: Callable[..., Array], deformed: PyTree, *args: Any) -> Attack:
       ProblemError: nothing is deformed.
     """
     convert = functools.partial(_problem, loss, deformed)
-    return carry_out("inject", convert, plain_problem(loss, deformed), *args)
+    return carry_out("inject", convert, loss, deformed, *args)
 
 
 def _problem(loss: Callable[..., Array], deformed: PyTree) -> Problem:
-    pairs = pairs_of(deformed)
-    params = jax.tree.map(
-        lambda leaf: jnp.zeros_like(leaf.weight) if isinstance(leaf, Deformed) else leaf,
-        deformed,
-        is_leaf=is_structured,
-    )
-    as_partial = loss if isinstance(loss, Partial) else Partial(loss)
-    return Problem(params, Partial(_injected_loss, as_partial, pairs), Partial(_read_injected, pairs))
+    params, pairs = in_place(deformed, lambda pair: jnp.zeros_like(pair.weight), lambda pair: pair)
+    return through(loss, params, Partial(_read_injected, pairs))
 
 
-def _injected_loss(loss: Partial, pairs: dict[str, Deformed], params: PyTree, *args: Any) -> Array:
-    return loss(_read_injected(pairs, params), *args)
-
-
-def _read_injected(pairs: dict[str, Deformed], params: PyTree) -> PyTree:
+def _read_injected(pairs: PyTree, params: PyTree) -> PyTree:
     """Return the plain network: a layer is linear, so layer(h) + B h is (C Wt + B) h."""
-    return trees.map_named(
-        lambda name, leaf: pairs[name].materialize() + leaf if name in pairs else leaf, params
-    )
+    return kernels_in_place(pairs, params, lambda pair, B: pair.materialize() + B)

@@ -9,7 +9,7 @@ along a path of their own, not along that of the original.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from specdef_jax.attacks.adjacent import (
     put_kernels,
 )
 from specdef_jax.attacks.bill import Attack, Knowledge, carry_out
-from specdef_jax.attacks.released import pairs_of, plain_problem
+from specdef_jax.attacks.released import pairs_of
 from specdef_jax.errors import ProblemError
 from specdef_jax.gauge import balance
 from specdef_jax.parametrization import Deformed, Problem, is_structured, loss_on, problem
@@ -56,18 +56,24 @@ def rebalance(
         pairs_of(deformed)
     check_disjoint(pairs)
     convert = functools.partial(_problem, loss, deformed, tuple(pairs), *args)
-    attack = carry_out(
-        "rebalance", convert, plain_problem(loss, deformed), *args, knowledge=Knowledge.WEIGHTS
-    )
-    _check_same(loss_on(loss, deformed, *args), deformed, attack.problem.params, *args)
+    attack = carry_out("rebalance", convert, loss, deformed, *args, knowledge=Knowledge.WEIGHTS)
+    check_same(loss_on(loss, deformed, *args), deformed, attack.problem.params, *args)
     return attack
 
 
-def balanced(params: PyTree, pairs: Sequence[AdjacentPair] = ()) -> PyTree:
-    """Return the tree with the factors of Deformed leaves, and of the pairs, balanced; float64 throughout."""
+def balanced(
+    params: PyTree, pairs: Sequence[AdjacentPair] = (), only: Collection[str] | None = None
+) -> PyTree:
+    """Return the tree with the factors of Deformed leaves, and of the pairs, balanced; float64 throughout.
+
+    Args:
+      params: a tree.
+      pairs: adjacent kernels.
+      only: names of the Deformed leaves to balance; None takes all.
+    """
 
     def visit(name: str, leaf: Any) -> Any:
-        if not isinstance(leaf, Deformed):
+        if not isinstance(leaf, Deformed) or (only is not None and name not in only):
             return leaf
         return put_factors(leaf, *_balance_each(name, *factors_of(leaf)))
 
@@ -94,7 +100,8 @@ def _balance_each(name: str, X: Array, Y: Array) -> tuple[Array, Array]:
     return found
 
 
-def _check_same(loss: Callable[..., Array], before: PyTree, after: PyTree, *args: Any) -> None:
+def check_same(loss: Callable[..., Array], before: PyTree, after: PyTree, *args: Any) -> None:
+    """Raise ProblemError unless two trees have the same loss, to what rounding may leave of it."""
     here, there = float(loss(before, *args)), float(loss(after, *args))
     # A deformed layer is exact to alpha times the unit roundoff only (THEORY.md 1.2), and eps^(1/4) leaves
     # room for every alpha that a dtype bears; a nonlinear map between changes the loss by much more.
