@@ -3,8 +3,8 @@
     python -m benchmarks.race CONFIG [--rerun] [--smoke]
 
 CONFIG is a name in benchmarks/configs/: a task, arms (benchmarks/_race_arms.py), optimizers and the settings
-of the race. Every arm races every optimizer over 7 decades of step sizes around 2 / sharpness, refined until
-the best one of each seed is bracketed; a seed is a pretrained network. The table goes to
+of the race. Every arm races every optimizer over decades of step sizes around 2 / sharpness, or around a center
+that the config gives, refined until the best one of each seed is bracketed; a seed is a pretrained network. The table goes to
 benchmarks/results/race_CONFIG.json and .svg. `--rerun` takes disjoint pretraining seeds and writes
 race_CONFIG_rerun.json. What was interrupted goes on where it was: finished chunks lie in results/state/.
 """
@@ -94,7 +94,8 @@ def rows_of(task: Task, arm: arms.Arm, config: dict[str, Any]) -> list[dict[str,
     sharp = arms.sharpness_of(problems, task)
     settings = dict(config["race"])
     decades, per_decade = settings.pop("decades"), settings.pop("per_decade")
-    center = float(np.median([2 / s for s in sharp]))
+    # what divides by the curvature has a natural step size that does not depend on it
+    center = settings.pop("center", None) or float(np.median([2 / s for s in sharp]))
     switches = arm.get("switches", {})
     optimizers = {
         name: race.Switched(ALL[name], **switches) if switches else ALL[name] for name in config["optimizers"]

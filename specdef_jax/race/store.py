@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import logging
@@ -60,6 +61,28 @@ class Store:
 
 def fingerprint(factory: Factory, runs: Runs, eval_every: int, lanes: int) -> str:
     """Return a hash of the compiled program and of every number it is given: all that results depend on."""
+    leaves, structure = jax.tree.flatten(runs)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    digest = hashlib.sha256(_program(factory, structure, shapes, eval_every, lanes))
+    for leaf in leaves:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:24]
+
+
+@functools.cache  # lowering a program takes longer than many a race
+def _program(
+    factory: Factory,
+    structure: jax.tree_util.PyTreeDef,
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    eval_every: int,
+    lanes: int,
+) -> bytes:
+    """Return a hash of the program itself, constants that functions close over included."""
+    runs = jax.tree.unflatten(structure, shapes)
     begin = runner.start.lower(runs, factory=factory, lanes=lanes)
     state = jax.eval_shape(lambda runs: runner.start(runs, factory=factory, lanes=lanes), runs)
     move = runner.advance.lower(
@@ -68,13 +91,7 @@ def fingerprint(factory: Factory, runs: Runs, eval_every: int, lanes: int) -> st
     digest = hashlib.sha256(jax.__version__.encode())
     for text in (jax.default_backend(), begin.as_text(), move.as_text()):
         digest.update(text.encode())
-    for leaf in jax.tree.leaves(runs):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf)
-        digest.update(f"{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.ndim else array.tobytes())
-    return digest.hexdigest()[:24]
+    return digest.digest()
 
 
 def _read(path: Path) -> Finished | None:

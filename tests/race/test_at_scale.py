@@ -287,7 +287,12 @@ def test_a_run_can_be_had_again():
     found = raced(1, step_sizes=(0.3,), target=1e-9)
     for order in range(2):
         params = race.replay(
-            problems(1)[0], race.sgd, 0.3, 60, sample=race.minibatches(4, X, Y), key=jax.random.split(KEY, 2)[order]
+            problems(1)[0],
+            race.sgd,
+            0.3,
+            60,
+            sample=race.minibatches(4, X, Y),
+            key=jax.random.split(KEY, 2)[order],
         )
         assert float(mse(params, X, Y)) == pytest.approx(found.last[0, 0, order], rel=1e-12)
 
