@@ -3,10 +3,11 @@
     python -m benchmarks.race CONFIG [--rerun] [--smoke]
 
 CONFIG is a name in benchmarks/configs/: a task, arms (benchmarks/_race_arms.py), optimizers and the settings
-of the race. Every arm races every optimizer over decades of step sizes around 2 / sharpness, or around a center
-that the config gives, refined until the best one of each seed is bracketed; a seed is a pretrained network. The table goes to
-benchmarks/results/race_CONFIG.json and .svg. `--rerun` takes disjoint pretraining seeds and writes
-race_CONFIG_rerun.json. What was interrupted goes on where it was: finished chunks lie in results/state/.
+of the race. Every arm races every optimizer over decades of step sizes around 2 / sharpness, or around a
+center that the config gives, refined until the best one of each seed is bracketed; a seed is a pretrained
+network. The table goes to benchmarks/results/race_CONFIG.json and .svg. `--rerun` takes disjoint pretraining
+seeds and writes race_CONFIG_rerun.json. What was interrupted goes on where it was: finished chunks lie in
+results/state/.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from specdef_jax import curvature
 from specdef_jax.cli.console import Report
-from specdef_jax.cli.importing import arguments, imported
+from specdef_jax.cli.importing import arguments, double, imported
 from specdef_jax.curvature.blocks import chosen
 from specdef_jax.errors import ProblemError
 from specdef_jax.trees import named_leaves
@@ -41,7 +41,7 @@ def measure(
     """
     function = imported(loss)
     with jax.enable_x64(True):
-        params = jax.tree.map(_double, params)
+        params = double(params)
         args = arguments(data)
         floats = [name for name, leaf in named_leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         names = chosen(params, where or floats)
@@ -60,11 +60,6 @@ def measure(
         op = curvature.block(function, params, floats, None, *args)
         spectrum = curvature.density(op, key=key, probes=PROBES, steps=STEPS, axis="log")
     return rows, spectrum
-
-
-def _double(leaf: Any) -> Any:
-    floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    return jnp.asarray(leaf, jnp.float64) if floating else jnp.asarray(leaf)
 
 
 def cells(row: dict[str, Any] | None) -> tuple[str, str, str]:

@@ -1,10 +1,10 @@
-"""What `specdef deform` does with a directory, `specdef verify`, and `specdef attack`."""
+"""What `specdef deform` and `specdef attack fuse` do with a directory, and `specdef verify`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -92,25 +92,8 @@ def verify(out: _Directory, /, *, against: Path, as_json: _Json = False) -> int:
     return 0 if found.holds else 1
 
 
-def attack(
-    which: Annotated[Literal["fuse"], tyro.conf.Positional],
-    source: _Directory,
-    out: _Directory,
-    /,
-) -> int:
-    """Undo a deformed directory, as anyone can who knows the method.
-
-    fuse multiplies each compensation into its weight. Where there is none, it balances the value and
-    output projections of every attention, which undoes a gauge deformation without knowing of it.
-
-    Args:
-      which: the attack.
-      source: a deformed directory.
-      out: directory to make, which computes the same function.
-
-    Returns:
-      The exit code.
-    """
+def fuse_directory(source: Path, out: Path) -> int:
+    """Write the fused directory, say what was done, and return the exit code."""
     with reporting() as report:
         found = hub.fuse(source, out, progress=report)
     told = []
@@ -118,7 +101,7 @@ def attack(
         told.append(f"{len(found.multiplied)} compensations multiplied in")
     if found.balanced:
         told.append(f"{len(found.balanced)} attentions balanced")
-    print(f"{which}: {', '.join(told)}, written to {out}")
+    print(f"fuse: {', '.join(told)}, written to {out}")
     return 0
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import tyro
 
+from specdef_jax.cli.attack import attack
 from specdef_jax.cli.certify import certify
-from specdef_jax.cli.checkpoint import attack, verify
+from specdef_jax.cli.checkpoint import verify
 from specdef_jax.cli.deform import deform
 from specdef_jax.cli.inspect import inspect
 from specdef_jax.cli.race import run as race

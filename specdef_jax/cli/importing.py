@@ -1,12 +1,18 @@
-"""The user's own functions, named on the command line as module:function."""
+"""The user's own functions, parameters and data, named on the command line as module:name."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from specdef_jax import hub
 from specdef_jax.errors import ProblemError
 
 
@@ -43,3 +49,21 @@ def arguments(reference: str | None) -> tuple[Any, ...]:
     found = imported(reference)
     given: Any = found() if callable(found) else found
     return tuple(given)
+
+
+def tree_of(source: str) -> PyTree:
+    """Return the parameters of a checkpoint, or of module:name."""
+    if ":" in source and not Path(source).exists():
+        found = imported(source)
+        return found() if callable(found) else found
+    return hub.read_tree(Path(source)).params
+
+
+def double(tree: PyTree) -> PyTree:
+    """Return the tree with its floating leaves in float64."""
+
+    def convert(leaf: Any) -> jax.Array:
+        array = jnp.asarray(leaf)
+        return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+    return jax.tree.map(convert, tree)

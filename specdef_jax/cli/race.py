@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from specdef_jax import curvature, hub, race
 from specdef_jax.cli.console import Report, reporting, show_table
-from specdef_jax.cli.importing import arguments, imported
+from specdef_jax.cli.importing import arguments, double, imported, tree_of
 from specdef_jax.errors import ProblemError
 from specdef_jax.files import atomic_write_text
 from specdef_jax.parametrization import Problem, problem
@@ -60,7 +60,7 @@ def run(
     clip: float | None = None,
     warmup: int = 0,
     decay: float = 0.0,
-    double: bool = False,
+    in_double: Annotated[bool, tyro.conf.arg(name="double")] = False,
     seed: int = 0,
     out: Path | None = None,
 ) -> int:
@@ -94,7 +94,7 @@ def run(
       clip: largest global norm of a gradient.
       warmup: steps of linear warmup.
       decay: decoupled weight decay.
-      double: compute in float64 whatever the parameters are stored in.
+      in_double: compute in float64 whatever the parameters are stored in.
       seed: of every random choice.
       out: directory for race.json; an interrupted race goes on there.
 
@@ -107,8 +107,12 @@ def run(
     function = imported(loss)
     switches = {"clip": clip, "warmup": warmup, "decay": decay}
     chosen = {name: race.Switched(OPTIMIZERS[name], **switches) for name in optimizers}
-    with jax.enable_x64(double or jax.config.read("jax_enable_x64")), reporting() as report:
-        params, args = _floats(_params(source), double), _floats(arguments(data), double)
+    with jax.enable_x64(in_double or jax.config.read("jax_enable_x64")), reporting() as report:
+        params, args = tree_of(source), arguments(data)
+        if in_double:
+            params, args = double(params), double(args)
+        else:
+            params, args = jax.tree.map(jnp.asarray, (params, args))
         spec = SpecDef(1.0, k, basis, side, directions)
         axes = hub.axes_for(params, layout)
         planned = plan(params, spec, where=hub.selector(layers), key=jax.random.key(seed), axes=axes)
@@ -133,21 +137,6 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         atomic_write_text(out / "race.json", json.dumps(rows, indent=1) + "\n")
     return 0
-
-
-def _params(source: str) -> PyTree:
-    if ":" in source and not Path(source).exists():
-        found = imported(source)
-        return found() if callable(found) else found
-    return hub.read_tree(Path(source)).params
-
-
-def _floats(tree: PyTree, double: bool) -> PyTree:
-    def convert(leaf: Any) -> jax.Array:
-        array = jnp.asarray(leaf)
-        return array.astype(jnp.float64) if double and jnp.issubdtype(array.dtype, jnp.floating) else array
-
-    return jax.tree.map(convert, tree)
 
 
 def _arms(
