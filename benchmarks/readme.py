@@ -1,4 +1,4 @@
-"""Write the README's measured section from the JSON in benchmarks/results/.
+"""Write the README's measured section, and docs/optimizers.md, from the JSON in benchmarks/results/.
 
 python -m benchmarks.readme
 """
@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks._race_page import page, races
 from specdef_jax.certification import load_results
 from specdef_jax.race import Ratio
 
@@ -28,12 +29,23 @@ def main() -> None:
     before, rest = path.read_text().split(START)
     after = rest.split(END)[1]
     path.write_text(f"{before}{START}\n{measured()}{END}{after}")
+    (ROOT / "docs" / "optimizers.md").write_text(page())
 
 
 def measured() -> str:
     """Return the section as Markdown."""
     return "\n".join(
-        [certified(), directions(), theory(), deformation(), checkpoints(), curvature(), race_speed(), ""]
+        [
+            certified(),
+            races(),
+            directions(),
+            theory(),
+            deformation(),
+            checkpoints(),
+            curvature(),
+            race_speed(),
+            "",
+        ]
     )
 
 
