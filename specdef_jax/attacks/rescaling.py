@@ -110,18 +110,13 @@ def _unchanged(value: Any, D: PyTree) -> Any:
     return value
 
 
-def _function(value_fn: Callable[[PyTree], Array], D: PyTree) -> Callable[[PyTree], Array]:
-    return lambda params: value_fn(_multiply(params, D))
-
-
 def _product(hvp: Callable[[PyTree], PyTree], D: PyTree) -> Callable[[PyTree], PyTree]:
     return lambda tangent: _multiply(hvp(_multiply(tangent, D)), D)
 
 
+# value and value_fn are not: the loss is the same at theta and at theta / D, whatever theta (THEORY.md 2.1).
 _CONVERTED: dict[str, Callable[[Any, PyTree], Any]] = {
     "grad": _multiply,
-    "value_fn": _function,
-    "obj_fn": _function,
     "hvp": _product,
     "gnvp": _product,
 }

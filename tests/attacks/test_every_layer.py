@@ -1,5 +1,6 @@
 """Every attack on every kind of layer: the same network at first, and what moves when it is trained."""
 
+import dataclasses
 import functools
 
 import jax
@@ -147,6 +148,32 @@ def stacked(pair, shape):
     """Return the shapes of an adapter beside a deformed kernel."""
     moved = tuple(shape[i] for i in pair.axes.stack + pair.axes.window + pair.axes.inputs + pair.axes.outputs)
     return adapter(moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubled:
+    """Another defence's weight: a plain array, halved."""
+
+    half: jax.Array
+
+    def materialize(self):
+        return 2 * self.half
+
+
+jax.tree_util.register_dataclass(Doubled, ["half"], [])
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_what_another_defence_structured_is_trained_as_it_is_and_read_back_plain(name):
+    kind, deformed = kind_of("dense")
+    mixed = {**deformed, "layer_0": {**deformed["layer_0"], "w": Doubled(kind.params["layer_0"]["w"] / 2)}}
+    task = ATTACKS[name](kind.loss, mixed, *kind.args).problem
+    back = task.read_back(task.params)
+    assert jax.tree.structure(back) == jax.tree.structure(kind.params)
+    np.testing.assert_allclose(back["layer_0"]["w"], kind.params["layer_0"]["w"], atol=1e-12)
+    np.testing.assert_allclose(
+        task.loss(task.params, *kind.args), kind.loss(kind.params, *kind.args), rtol=1e-10
+    )
 
 
 def test_the_registry_names_attacks_that_differ():

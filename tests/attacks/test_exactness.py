@@ -138,18 +138,37 @@ def test_the_diagonal_metric_is_gradient_descent_with_the_identity_inserted(netw
     assert reset.wrap is None
 
 
-def test_what_an_optimizer_is_given_is_converted_too(network, deformed):
-    """Truncated Newton in rescaled coordinates is that of the turned, undeformed pair."""
+def by_given_gradient(step_size):
+    """Gradient descent on what is handed over as grad."""
+
+    def update(updates, state, params=None, *, grad, **_):
+        return jax.tree.map(lambda g: -step_size * g, grad), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def by_given_function(step_size):
+    """Gradient descent on what is handed over as value_fn."""
+
+    def update(updates, state, params=None, *, value_fn, **_):
+        return jax.tree.map(lambda g: -step_size * g, jax.grad(value_fn)(params)), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+@pytest.mark.parametrize("optimizer", [by_given_gradient, by_given_function, newton_cg])
+def test_what_an_optimizer_is_given_is_converted_too(network, deformed, optimizer):
+    """In rescaled coordinates: that of the turned, undeformed pair."""
     args = network[1]
     attack = attacks.precondition(LOSS, deformed, *args)
     D = Rescaled(sgd)(1.0).init(attack.problem.params).D
     turned = problem(LOSS, jax.tree.map(jnp.divide, attack.problem.params, D), *args)
-    factories = (newton_cg, 0.5), (attack.optimizer(newton_cg), 0.5)
-    apart, moved = distance((turned, attack.problem), args, factories=factories, steps=4)
+    pair = turned, attack.problem
+    factories = (optimizer, 0.1), (attack.optimizer(optimizer), 0.1)
+    apart, moved = distance(pair, args, factories=factories, steps=4)
     assert apart < 1e-6 * moved
     # The same optimizer without the conversion goes elsewhere.
-    factories = (newton_cg, 0.5), (newton_cg, 0.5)
-    apart, moved = distance((turned, attack.problem), args, factories=factories, steps=4)
+    apart, moved = distance(pair, args, factories=((optimizer, 0.1),) * 2, steps=4)
     assert apart > 1e-3 * moved
 
 
