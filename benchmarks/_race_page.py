@@ -40,7 +40,7 @@ def _headline(table: Table) -> list[str]:
     rerun = Table.load("first_order_rerun")
     if rerun is not None:
         changed = moved(table, rerun)
-        count = sum(to == "target" for _, _, to in table.ratios)
+        count = sum(to == "target" for _, _, to in rerun.ratios)
         said = "moves no verdict" if not changed else f"moves {len(changed)}: {'; '.join(changed)}"
         lines += [f"A rerun with disjoint pretraining seeds, {count} verdicts, {said}.", ""]
     return lines

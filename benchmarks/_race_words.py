@@ -54,12 +54,14 @@ def verdict(ratio: Ratio) -> str:
 
 
 def moved(first: Table, rerun: Table) -> list[str]:
-    """Return what two tables of disjoint seeds say differently."""
+    """Return what two tables of disjoint seeds say differently, of the arms that both have."""
     return [
         f"{optimizer}, {arm}: {verdict(a)} ({a}) and {verdict(rerun.ratios[arm, optimizer, to])} "
         f"({rerun.ratios[arm, optimizer, to]})"
         for (arm, optimizer, to), a in first.ratios.items()
-        if to == "target" and verdict(a) != verdict(rerun.ratios[arm, optimizer, to])
+        if to == "target"
+        and (arm, optimizer, to) in rerun.ratios
+        and verdict(a) != verdict(rerun.ratios[arm, optimizer, to])
     ]
 
 

@@ -40,12 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("config", choices=sorted(path.stem for path in CONFIGS.glob("*.json")))
     parser.add_argument("--rerun", action="store_true", help="disjoint pretraining seeds, saved beside")
+    parser.add_argument("--arms", nargs="+", help="these arms of the config only")
     parser.add_argument("--smoke", action="store_true", help="two seeds, two arms, few steps; not saved")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     config = load(options.config)
     if options.smoke:
         config = smoke(config)
+    if options.arms:
+        config["arms"] = [arm for arm in config["arms"] if arm["name"] in options.arms]
     name = f"race_{options.config}" + ("_rerun" if options.rerun else "")
     begin = time.perf_counter()
     task = arms.task_of(config["task"], config["task"].get("first_seed", 0) + (1000 if options.rerun else 0))

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from specdef_jax.campaign.auto import Told, Trial, auto
@@ -65,7 +65,7 @@ def planner(
     setting: Setting,
     *,
     steps: float,
-    dtype: DTypeLike,
+    dtype: str | jnp.dtype,
     error: float,
     key: PRNGKeyArray,
     ks: Sequence[int] = (1,),
@@ -103,9 +103,9 @@ def planner(
         try:
             found.append(_propose(loss, networks, where, setting, spec, steps, dtype, error, key))
         except SpecDefError as refusal:
-            nothing = (math.nan,) * 3
+            nothing = (math.nan, math.nan, math.nan)
             found.append(Proposal(spec, math.nan, nothing, nothing, False, None, str(refusal)))
-    return sorted(found, key=lambda p: -np.nan_to_num(p.steps[1], nan=-1.0))
+    return sorted(found, key=lambda p: _worst(p.steps), reverse=True)
 
 
 def _propose(
@@ -115,7 +115,7 @@ def _propose(
     setting: Setting,
     spec: SpecDef,
     steps: float,
-    dtype: DTypeLike,
+    dtype: str | jnp.dtype,
     error: float,
     key: PRNGKeyArray,
 ) -> Proposal:
@@ -136,16 +136,22 @@ def _propose(
     slope = low if math.isfinite(low) else exponent[0]
     wanted = middle * (steps / last) ** (1 / slope) if slope > 0 else math.inf
     alpha = float(min(max(wanted, 1.0), limit))
-    predicted = tuple(last * (alpha / middle) ** p for p in exponent)
+    mean, lower, upper = (last * (alpha / middle) ** p for p in exponent)
     deformed = apply_plan(networks[0], plans[0].with_alpha(min(alpha, ALPHAS[-1])))
     cheapest = auto(of_tree(loss, deformed), setting).cheapest
-    worst = predicted[1] if math.isfinite(predicted[1]) else predicted[0]
+    predicted = (mean, lower, upper)
     return Proposal(
-        replace(spec, alpha=alpha), limit, exponent, predicted, bool(worst >= 0.999 * steps), cheapest
+        replace(spec, alpha=alpha), limit, exponent, predicted, _worst(predicted) >= 0.999 * steps, cheapest
     )
 
 
-def _limit(params: PyTree, planned: Plan, spec: SpecDef, dtype: DTypeLike, error: float) -> float:
+def _worst(steps: tuple[float, float, float]) -> float:
+    """Return the lower end of a prediction, its mean where there is no interval, -1 where there is none."""
+    mean, low, _ = steps
+    return low if math.isfinite(low) else mean if math.isfinite(mean) else -1.0
+
+
+def _limit(params: PyTree, planned: Plan, spec: SpecDef, dtype: str | jnp.dtype, error: float) -> float:
     """Return the largest alpha that every layer's number format allows."""
     kernels = dict(named_leaves(params))
     limits = []

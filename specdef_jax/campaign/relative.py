@@ -12,10 +12,12 @@ from jaxtyping import Array, PyTree
 
 from specdef_jax.race.runs import Factory
 
+SWEEPS = 60
+
 
 @dataclass(frozen=True)
 class Relative:
-    """An optimizer whose gradient is multiplied by the mean squares of rows and columns of the parameters.
+    """An optimizer whose gradient is multiplied by the squared sizes of what it moves.
 
     Rescaled as w -> d w, a gradient becomes g / d, and d^2 w^2 g / d = d (w^2 g): the step is rescaled as the
     parameter is. Held fixed at the start, so that it is one diagonal preconditioner.
@@ -33,7 +35,9 @@ class Relative:
         def init(params: PyTree) -> tuple[PyTree, PyTree]:
             return jax.tree.map(_root, params), inner.init(params)
 
-        def update(updates: PyTree, state: tuple, params: PyTree | None = None, **extra: Any) -> tuple:
+        def update(
+            updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+        ) -> tuple[PyTree, Any]:
             root, held = state
             # the inner optimizer sees coordinates in which the parameters have one size
             seen = jax.tree.map(jnp.multiply, root, updates)
@@ -44,13 +48,27 @@ class Relative:
 
 
 def _root(leaf: Array) -> Array:
-    """Return the root mean squares, of rank one in a matrix, relative to the whole; 1 where all is zero."""
+    """Return the size of every entry as its row and column have it, by Sinkhorn's balancing of the squares.
+
+    Rows and columns of the squares divided by it have mean 1, and it follows any rescaling of rows and
+    columns. A vector's entries are their own size. Zeros say nothing of their scale: it is 1, or the mean.
+    """
     square = jnp.square(leaf)
     mean = jnp.mean(square)
     if leaf.ndim < 2:
-        found = square + 0.01 * mean  # an entry near zero still moves
-    else:
-        rows = jnp.mean(square, axis=-1, keepdims=True)
-        columns = jnp.mean(square, axis=tuple(range(leaf.ndim - 1)), keepdims=True)
-        found = rows * columns / jnp.where(mean > 0, mean, 1)
-    return jnp.where(mean > 0, jnp.sqrt(found), jnp.ones_like(leaf))
+        found = jnp.where(square > 0, square, mean)
+        return jnp.where(mean > 0, jnp.sqrt(found), jnp.ones_like(leaf))
+    others = tuple(range(leaf.ndim - 1))
+
+    def balance(_: int, scales: tuple[Array, Array]) -> tuple[Array, Array]:
+        _, columns = scales
+        rows = _positive(jnp.mean(square / columns, axis=-1, keepdims=True))
+        return rows, _positive(jnp.mean(square / rows, axis=others, keepdims=True))
+
+    start = tuple(jnp.ones_like(jnp.mean(square, axis=a, keepdims=True)) for a in (-1, others))
+    rows, columns = jax.lax.fori_loop(0, SWEEPS, balance, start)
+    return jnp.sqrt(rows * columns)
+
+
+def _positive(x: Array) -> Array:
+    return jnp.where(x > 0, x, 1)

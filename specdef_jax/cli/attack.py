@@ -101,7 +101,7 @@ def attack(
         if loss is None:
             task = digits.task(seeds, target=0.1 if target is None else target)
             function, networks, args, where, axes = task.loss, task.networks, task.args, task.where, None
-            retained = task.facts["test accuracy"]
+            retained, goal = task.facts["test accuracy"], task.target
             # the attack teaches wrong answers, so that utility is what fine-tuning leaves of right ones
             utility = lambda p: float(retained(p))  # noqa: E731
         else:
@@ -109,12 +109,9 @@ def attack(
                 raise ProblemError("a loss of your own needs --params and --target too.")
             function, utility = imported(loss), None
             networks, args = (double(tree_of(params)),), double(arguments(data))
-            where, axes = selector(layers), axes_for(networks[0], layout)
+            where, axes, goal = selector(layers), axes_for(networks[0], layout), target
         released = [apply_plan(p, plan(p, spec, where=where, key=key, axes=axes)) for p in networks]
-        goal = task.target if loss is None else target
-        setting = campaign.Setting(
-            args, float(goal or 0), {name: known[name] for name in optimizers}, steps, seed=seed
-        )
+        setting = campaign.Setting(args, goal, {name: known[name] for name in optimizers}, steps, seed=seed)
         book = campaign.ledger(function, released, setting, utility=utility, progress=report)
     show_table(f"attacks at alpha {alpha:g}", _COLUMNS, [_cells(book, entry) for entry in book.entries])
     print(_headline(book))

@@ -109,9 +109,10 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
     """Evaluate one lane, then train it for eval_every steps unless it is finished."""
     optimizer = optax.with_extra_args_support(factory(lane.step_size))
     loss = lane.problem.loss
-    Carry = tuple[PyTree, PyTree, Array]
 
-    def train(i: Array | int, carry: Carry) -> tuple[Carry, Array]:
+    def train(
+        i: Array | int, carry: tuple[PyTree, PyTree, Array]
+    ) -> tuple[tuple[PyTree, PyTree, Array], Array]:
         params, state, spent = carry
         args = runs.sample(jax.random.fold_in(lane.key, lane.t + i))
         params, state, value = step(optimizer, loss, params, state, args)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from specdef_jax.parametrization import Problem
 
-Factory = Callable[[Array], optax.GradientTransformation]
+Factory = Callable[..., optax.GradientTransformation]  # of a step size, maybe traced
 
 
 class Outcome(enum.IntEnum):

@@ -10,8 +10,10 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specdef_jax.files import atomic_write_bytes
@@ -65,7 +67,7 @@ def fingerprint(factory: Factory, runs: Runs, eval_every: int, lanes: int) -> st
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     digest = hashlib.sha256(_program(factory, structure, shapes, eval_every, lanes))
     for leaf in leaves:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
         digest.update(f"{array.shape}{array.dtype}".encode())
@@ -76,7 +78,7 @@ def fingerprint(factory: Factory, runs: Runs, eval_every: int, lanes: int) -> st
 @functools.cache  # lowering a program takes longer than many a race
 def _program(
     factory: Factory,
-    structure: jax.tree_util.PyTreeDef,
+    structure: Any,
     shapes: tuple[jax.ShapeDtypeStruct, ...],
     eval_every: int,
     lanes: int,

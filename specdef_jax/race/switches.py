@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from specdef_jax.errors import SpecError
+from specdef_jax.errors import ProblemError, SpecError
 from specdef_jax.race.runs import Factory
 
 
@@ -55,16 +56,16 @@ class Switched:
         return optax.chain(*links) if len(links) > 1 else links[0]
 
 
-def _ramp(steps: int) -> Callable[[Array], Array]:
+def _ramp(steps: int) -> Callable[[Any], Array]:
     return lambda t: jnp.minimum((t + 1) / steps, 1.0)
 
 
 def _decayed(rate: Array | float) -> optax.GradientTransformation:
     """Take rate * params off, in the dtype of the updates."""
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ProblemError("decay needs the parameters: update(grads, state, params).")
         return jax.tree.map(lambda u, p: u - (rate * p).astype(u.dtype), updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
