@@ -61,7 +61,7 @@ def _root(leaf: Array) -> Array:
     others = tuple(range(leaf.ndim - 1))
 
     def balance(_: int, scales: tuple[Array, Array]) -> tuple[Array, Array]:
-        _, columns = scales
+        columns = scales[1]
         rows = _positive(jnp.mean(square / columns, axis=-1, keepdims=True))
         return rows, _positive(jnp.mean(square / rows, axis=others, keepdims=True))
 
