@@ -18,7 +18,7 @@ def blocks():
 
 
 def test_the_python_example_runs_and_says_what_it_claims(capsys):
-    code, _ = blocks()
+    code, *_ = blocks()
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("import")]) <= 12
     names = {}
     with jax.enable_x64(False):
@@ -40,6 +40,9 @@ def test_the_curvature_example_goes_on_from_it(capsys):
     assert share >= 1 / names["op"].size
     assert stderr < 1e-3
     assert float(names["top"].lower_bound) > 1e3
+    slow, edge = names["found"][64.0].slowdown(names["found"][1.0]), names["found"][64.0].at_edge("sgd")
+    assert slow["sgd"].value > 30 > slow["adam"].value > slow["muon"].value > 1
+    assert not edge
 
 
 def test_numbers_are_those_of_the_committed_results():
