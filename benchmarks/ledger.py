@@ -1,9 +1,9 @@
 """What does it cost to undo the defence? Every attack on three networks, with its bill.
 
 Each network is trained on the handwritten digits, one layer deformed (top direction), and attacked by
-fine-tuning to a shifted labelling; a seed is a pretrained network. Recovered is steps over those of fine-tuning
-the network that was never deformed. Utility is the share of test digits still read rightly, which that
-fine-tuning destroys on purpose: an attack is held against what the undefended run leaves.
+fine-tuning to a shifted labelling; a seed is a pretrained network. Recovered is steps over those of
+fine-tuning the network that was never deformed. Utility is the share of test digits still read rightly, which
+that fine-tuning destroys on purpose: an attack is held against what the undefended run leaves.
 
     python -m benchmarks.ledger [--only NETWORK ...] [--quick]
 """
