@@ -50,8 +50,8 @@ def _small_multiples(config: dict[str, Any], ratios: Rows) -> Any:
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
     axes[0, 0].legend(frameon=False, fontsize=7)
-    figure.supxlabel("alpha", fontsize=9)
-    figure.supylabel("steps over steps at alpha = 1 (95% intervals; triangles are lower bounds)", fontsize=9)
+    figure.supylabel("steps over steps at alpha 1", fontsize=9)
+    figure.supxlabel("alpha (shaded: 95% intervals; triangles: lower bounds)", fontsize=9)
     return figure
 
 
