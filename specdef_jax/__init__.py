@@ -11,6 +11,7 @@ from specdef_jax.activations import activations
 from specdef_jax.certification import Certification, certify, load_results
 from specdef_jax.errors import (
     BudgetError,
+    ConfigError,
     FileError,
     LayeredUnsupported,
     LeafError,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "Certification",
+    "ConfigError",
     "Deformed",
     "FileError",
     "GaugePair",

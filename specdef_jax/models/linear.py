@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from specdef_jax.errors import StructureError
 from specdef_jax.parametrization import Deformed, KernelAxes, full_precision_matmul, is_structured
@@ -49,7 +48,7 @@ def linear(
         out = h @ w
     if b is None:
         return out
-    return out + (b[:, None] if b.ndim == 2 else b)
+    return out + (b if b.ndim == 1 else b[..., None, :])
 
 
 def factors(w: Deformed) -> tuple[Float[Array, "*stack n p"], Float[Array, "*stack p m"]]:
@@ -83,7 +82,3 @@ def take(w: Any, index: Int[Array, "*chosen"]) -> Any:
         return Deformed(weight, comp, w.side, axes)
     return jnp.take(w.materialize() if is_structured(w) else w, index, axis=0)
 
-
-def plain(w: Any) -> Array:
-    """Return the array that a leaf stands for, for the few places where a leaf is not multiplied."""
-    return w.materialize() if is_structured(w) else jax.numpy.asarray(w)
