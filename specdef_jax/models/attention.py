@@ -56,14 +56,11 @@ def attend(
     scores = jnp.einsum("btgrd,bsgd->bgrts", grouped, k, preferred_element_type=wide) * d**-0.5
     scores = jnp.where(mask, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
-    if sinks is not None:
-        resting = sinks.astype(wide).reshape(groups, heads // groups, 1, 1)
-        top = jnp.maximum(top, resting)
-    top = jax.lax.stop_gradient(top)
+    # Without a sink there is one that takes no part.
+    resting = -jnp.inf if sinks is None else sinks.astype(wide).reshape(groups, heads // groups, 1, 1)
+    top = jax.lax.stop_gradient(jnp.maximum(top, resting))
     weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sinks is not None:
-        total = total + jnp.exp(resting - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(resting - top)
     mixed = jnp.einsum("bgrts,bsgd->btgrd", (weights / total).astype(v.dtype), v)
     return mixed.reshape(batch, time, heads * d)
 

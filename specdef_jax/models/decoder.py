@@ -1,18 +1,19 @@
 """The decoder that Llama and GPT-OSS share: pre-norm attention and feed-forward layers on a residual stream.
 
-Layers run in a Python loop, or in one lax.scan if they are stacked (models.stacking); the numbers are the same.
+Layers run in a Python loop, or in one lax.scan if they are stacked (models.stacking), with the same numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from specdef_jax.attacks.adjacent import AdjacentPair
 from specdef_jax.errors import ConfigError
 from specdef_jax.models import stacking
 from specdef_jax.models.attention import KeyValues, attend, causal_mask, remember, rms_norm
@@ -24,11 +25,16 @@ FeedForward = Callable[[Params, Array, bool], Array]
 _EVERYWHERE = 2**30  # a window that hides nothing
 
 
-class DecoderConfig(Protocol):
-    """What the decoder reads of a config."""
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What the configs of both models say, under its names in config.json.
+
+    Hashable, so that a config can be a static argument of jit.
+    """
 
     vocab_size: int
     hidden_size: int
+    intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -36,12 +42,12 @@ class DecoderConfig(Protocol):
     rms_norm_eps: float
     rope: Rope
     attention_bias: bool
-    tie_word_embeddings: bool
+    tie_word_embeddings: bool = False
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """How many keys each layer sees, None for all before."""
-        ...
+        return (None,) * self.num_hidden_layers
 
 
 @jax.tree_util.register_dataclass
@@ -140,7 +146,8 @@ def _scan(config: DecoderConfig, params: Params, h: Array, held: Any, step: Any)
 
     def body(h: Array, inputs: Any) -> tuple[Array, Any]:
         layer, pair, window = inputs
-        return step({name: stacking.one_layer(leaf) for name, leaf in layer.items()}, h, pair, None if everywhere else window)
+        layer = {name: stacking.one_layer(leaf) for name, leaf in layer.items()}
+        return step(layer, h, pair, None if everywhere else window)
 
     return jax.lax.scan(body, h, (layers, held, windows))
 
@@ -181,9 +188,24 @@ def model_shapes(config: DecoderConfig, layer: dict[str, tuple[int, ...]]) -> di
     return found if config.tie_word_embeddings else found | {"lm_head.weight": (n, vocab)}
 
 
-def is_transposed(name: str) -> bool:
-    """Tell whether a matrix of this name is (out, in) in a checkpoint, which here is (in, out)."""
-    return name.endswith("_proj.weight") or name.endswith("router.weight") or name == "lm_head.weight"
+def layout(name: str, rank: int) -> tuple[int, ...]:
+    """Return the permutation of axes that turns a stored tensor into ours: (out, in) into (in, out)."""
+    linear_map = name.endswith(("_proj.weight", "router.weight")) or name == "lm_head.weight"
+    return (1, 0) if linear_map and rank == 2 else tuple(range(rank))
+
+
+def gauge_pairs(config: DecoderConfig) -> tuple[AdjacentPair, ...]:
+    """Return the value and output projection of every layer, between which attention is linear."""
+    prefixes = [f"{stacking.PREFIX}{i}.self_attn." for i in range(config.num_hidden_layers)]
+    return tuple(
+        AdjacentPair(
+            f"{prefix}v_proj.weight",
+            f"{prefix}o_proj.weight",
+            f"{prefix}v_proj.bias" if config.attention_bias else None,
+            config.num_key_value_heads,
+        )
+        for prefix in prefixes
+    )
 
 
 def check_heads(config: DecoderConfig) -> None:
@@ -198,7 +220,9 @@ def check_heads(config: DecoderConfig) -> None:
             f"{config.num_key_value_heads}."
         )
     if config.head_dim % 2:
-        raise ConfigError(f"head_dim {config.head_dim} must be even: rotary embeddings turn pairs of features.")
+        raise ConfigError(
+            f"head_dim {config.head_dim} must be even: rotary embeddings turn pairs of features."
+        )
 
 
 def init(
@@ -214,4 +238,3 @@ def init(
         else:
             params[name] = (scale * jax.random.normal(one, shape)).astype(dtype)
     return params
-

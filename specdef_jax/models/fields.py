@@ -13,18 +13,18 @@ from typing import Any
 from specdef_jax.errors import ConfigError
 
 # What says nothing about the function: where a model comes from, how it is trained, sampled or stored.
-HARMLESS = frozenset(
-    """_name_or_path _attn_implementation architectures attn_implementation bos_token_id eos_token_id
-    pad_token_id unk_token_id sep_token_id decoder_start_token_id transformers_version torch_dtype dtype
-    use_cache initializer_range attention_dropout resid_pdrop embd_pdrop pretraining_tp return_dict
-    output_attentions output_hidden_states id2label label2id problem_type task_specific_params
-    finetuning_task prefix torchscript use_bfloat16 chunk_size_feed_forward tokenizer_class
-    router_aux_loss_coef output_router_logits max_position_embeddings do_sample temperature top_k top_p
-    typical_p repetition_penalty length_penalty num_beams num_beam_groups num_return_sequences max_length
-    min_length diversity_penalty early_stopping encoder_no_repeat_ngram_size no_repeat_ngram_size
-    remove_invalid_values return_dict_in_generate is_llama_config auto_map rope_interleaved
-    """.split()
-)
+_TOLD_ELSEWHERE = """
+    _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
+    bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size eos_token_id finetuning_task id2label initializer_range is_llama_config
+    label2id length_penalty max_length max_position_embeddings min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_router_logits pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate rope_interleaved
+    router_aux_loss_coef sep_token_id task_specific_params temperature tokenizer_class top_k top_p
+    torch_dtype torchscript transformers_version typical_p unk_token_id use_bfloat16 use_cache
+"""
+HARMLESS = frozenset(_TOLD_ELSEWHERE.split())
 
 
 class Fields:

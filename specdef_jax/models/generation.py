@@ -36,7 +36,7 @@ def generate(
       steps: tokens to add.
       temperature: 0 takes the most probable token, else one is drawn from softmax(logits / temperature).
       key: for drawing.
-      stop: tokens that end a row, which is then filled with the one that ended it; the loop ends when all have.
+      stop: tokens that end a row, which is filled up with the same; when all have ended, so has the loop.
 
     Raises:
       ProblemError: there is no prompt, a negative temperature, or one above 0 without a key.

@@ -34,39 +34,37 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from specdef_jax.models import decoder, generation
-from specdef_jax.models.decoder import Cache, Params, init_cache, is_transposed
+from specdef_jax.models.decoder import Cache, Params, init_cache, layout
 from specdef_jax.models.fields import HARMLESS, Fields
 from specdef_jax.models.linear import linear, take
-from specdef_jax.models.rope import Rope, read_rope
+from specdef_jax.models.rope import read_rope
 
-__all__ = ["Config", "apply", "generate", "init", "init_cache", "is_transposed", "loss", "shapes"]
+__all__ = ["Config", "apply", "generate", "init", "init_cache", "layout", "loss", "shapes"]
 
 _KINDS = ("full_attention", "sliding_attention")
 # How the weights are stored, which the loader has undone; and another name of original positions.
 _STORAGE = frozenset({"quantization_config", "initial_context_length"})
 
 
-@dataclass(frozen=True)
-class Config:
-    """What config.json says about the function, under its names; hashable, so a static argument of jit."""
+@dataclass(frozen=True, kw_only=True)
+class Config(decoder.DecoderConfig):
+    """What config.json says about the function.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    Attributes:
+      num_local_experts: experts of each layer.
+      num_experts_per_tok: experts that a token is sent to.
+      layer_types: "sliding_attention" or "full_attention", for each layer.
+      sliding_window: keys that a sliding layer sees, itself among them; None if there is no such layer.
+      swiglu_alpha, swiglu_limit: of the experts' activation.
+    """
+
     num_local_experts: int
     num_experts_per_tok: int
     layer_types: tuple[str, ...]
     sliding_window: int | None
-    rms_norm_eps: float
-    rope: Rope
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     attention_bias: bool = True
-    tie_word_embeddings: bool = False
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Config:
@@ -84,7 +82,7 @@ class Config:
         experts = fields.size("num_local_experts", fields.get("num_experts"))
         chosen = fields.size("num_experts_per_tok", fields.get("experts_per_token"))
         if chosen > experts:
-            raise fields.error("num_experts_per_tok", chosen, f"must be at most num_local_experts = {experts}")
+            raise fields.error("num_experts_per_tok", chosen, f"must be at most the {experts} experts")
         kinds = _layer_types(fields, depth)
         config = cls(
             vocab_size=fields.size("vocab_size"),
@@ -112,7 +110,8 @@ class Config:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """How many keys each layer sees, None for all before."""
-        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+        windows = {"sliding_attention": self.sliding_window, "full_attention": None}
+        return tuple(windows[kind] for kind in self.layer_types)
 
 
 def _layer_types(fields: Fields, depth: int) -> tuple[str, ...]:
@@ -170,7 +169,7 @@ def apply(
 
 
 def loss(config: Config, *, remat: bool = False) -> Callable[..., Float[Array, ""]]:
-    """Return loss(params, tokens): the mean cross-entropy of each next token, in nats."""
+    """Return the mean cross-entropy of each next token, in nats, as a function (params, tokens)."""
     return functools.partial(_loss, config, remat)
 
 

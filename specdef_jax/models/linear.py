@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from specdef_jax.errors import StructureError
 from specdef_jax.parametrization import Deformed, KernelAxes, full_precision_matmul, is_structured
@@ -28,8 +28,8 @@ def linear(
       b: (out,), or (experts, out) for a stack.
 
     Returns:
-      (*batch, out), or (experts, tokens, out); of a structured weight in the dtype of h, so that a pair that is
-      stored wider leaves the network in its own dtype.
+      (*batch, out), or (experts, tokens, out); of a structured weight in the dtype of h, so that a pair
+      that is stored wider leaves the network in its own dtype.
 
     Raises:
       StructureError: the axes of a Deformed leaf are not those of a linear map.
@@ -42,8 +42,8 @@ def linear(
         first, second = factors(w)
         out = full_precision_matmul(full_precision_matmul(h, first), second).astype(h.dtype)
     elif is_structured(w):
-        own = getattr(w, "apply", None)
-        out = (own(h) if callable(own) else full_precision_matmul(h, w.materialize())).astype(h.dtype)
+        apply = getattr(w, "apply", None)
+        out = jnp.asarray(apply(h) if callable(apply) else full_precision_matmul(h, w.materialize()), h.dtype)
     else:
         out = h @ w
     if b is None:
@@ -81,4 +81,3 @@ def take(w: Any, index: Int[Array, "*chosen"]) -> Any:
         )
         return Deformed(weight, comp, w.side, axes)
     return jnp.take(w.materialize() if is_structured(w) else w, index, axis=0)
-

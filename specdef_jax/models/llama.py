@@ -29,12 +29,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from specdef_jax.models import decoder, generation
-from specdef_jax.models.decoder import Cache, Params, init_cache, is_transposed
+from specdef_jax.models.decoder import Cache, Params, init_cache, layout
 from specdef_jax.models.fields import Fields
 from specdef_jax.models.linear import linear
-from specdef_jax.models.rope import Rope, read_rope
+from specdef_jax.models.rope import read_rope
 
-__all__ = ["Config", "apply", "generate", "init", "init_cache", "is_transposed", "loss", "shapes"]
+__all__ = ["Config", "apply", "generate", "init", "init_cache", "layout", "loss", "shapes"]
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -46,23 +46,18 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    """What config.json says about the function, under its names; hashable, so a static argument of jit."""
+@dataclass(frozen=True, kw_only=True)
+class Config(decoder.DecoderConfig):
+    """What config.json says about the function.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: Rope
+    Attributes:
+      hidden_act: activation of the gate.
+      mlp_bias: whether the feed-forward maps have biases.
+    """
+
     hidden_act: str = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
-    tie_word_embeddings: bool = False
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Config:
@@ -95,11 +90,6 @@ class Config:
         fields.finish()
         decoder.check_heads(config)
         return config
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """How many keys each layer sees: all before."""
-        return (None,) * self.num_hidden_layers
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -143,7 +133,7 @@ def apply(
 
 
 def loss(config: Config, *, remat: bool = False) -> Callable[..., Float[Array, ""]]:
-    """Return loss(params, tokens): the mean cross-entropy of each next token, in nats."""
+    """Return the mean cross-entropy of each next token, in nats, as a function (params, tokens)."""
     return functools.partial(_loss, config, remat)
 
 

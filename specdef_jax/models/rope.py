@@ -68,8 +68,8 @@ def read_rope(fields: Fields, theta: float | None = None) -> Rope:
     found = new if new is not None else (old if old is not None else {})
     if not isinstance(found, dict):
         raise fields.error("rope_parameters", found, "must be an object")
-    kind = found.get("rope_type") or found.get("type") or "default"
-    inner = Fields({name: value for name, value in found.items() if name not in ("rope_type", "type")}, "rope")
+    inner = Fields(found, "rope")
+    kind = inner.get("rope_type", inner.get("type", "default"))
     if kind not in _OF_TYPE:
         raise fields.error("rope_type", kind, f"must be one of {', '.join(map(repr, _OF_TYPE))}")
     outer_theta = fields.get("rope_theta", theta)
@@ -92,7 +92,7 @@ def read_rope(fields: Fields, theta: float | None = None) -> Rope:
         told |= {name: inner.number(name, default) for name, default in _OPTIONAL.items()}
         told |= {"truncate": inner.flag("truncate", True), "scale": _yarn_scale(inner, told["factor"])}
     # Fields of another kind are written by some tools, and are not read by the original either.
-    inner.finish({"low_freq_factor", "high_freq_factor", "factor", "attention_factor", *_OPTIONAL, "truncate"})
+    inner.finish({*_OF_TYPE["llama3"], *_OPTIONAL, "type", "truncate", "attention_factor"})
     if kind == "llama3" and not told["high_freq_factor"] > told["low_freq_factor"]:
         raise ConfigError(
             f"rope: high_freq_factor {told['high_freq_factor']} must exceed low_freq_factor "

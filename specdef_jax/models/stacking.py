@@ -94,7 +94,9 @@ def _stack(name: str, leaves: list[Any]) -> Any:
     if isinstance(joined, Deformed):
         return replace(joined, axes=_moved(joined.axes, 1, (-1, *joined.axes.stack)))
     if is_structured(joined):
-        raise StructureError(f"'{name}' is a {type(joined).__name__}, which cannot be stacked; merge it first.")
+        raise StructureError(
+            f"'{name}' is a {type(joined).__name__}, which cannot be stacked; merge it first."
+        )
     return joined
 
 
