@@ -173,8 +173,9 @@ def open_shards(path: Path | str) -> Shards:
         )
     if indexes:
         index, metadata, shards = indexes[0], *_indexed(path, indexes[0])
-    elif len(weights) == 1 or len(stock := sorted(_STOCK & set(weights))) == 1:
-        index, metadata, shards = None, {}, [_shard(path, weights[0] if len(weights) == 1 else stock[0])]
+    elif len(weights) == 1 or len(_STOCK & set(weights)) == 1:
+        name = weights[0] if len(weights) == 1 else next(iter(_STOCK & set(weights)))
+        index, metadata, shards = None, {}, [_shard(path, name)]
     else:
         raise FileError(
             f"{path} has {len(weights)} safetensors files and no index that says which belong together; "

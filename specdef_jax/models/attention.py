@@ -71,9 +71,8 @@ def remember(
     """Return all keys and values there are to see, and the cache with the new ones written at `position`."""
     if held is None:
         return k, v, None
-    start = (0, position, 0, 0)
     keys, values = (
-        jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
         for old, new in zip(held, (k, v), strict=True)
     )
     return keys, values, (keys, values)

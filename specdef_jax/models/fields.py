@@ -15,8 +15,9 @@ from specdef_jax.errors import ConfigError
 # What says nothing about the function: where a model comes from, how it is trained, sampled or stored.
 _TOLD_ELSEWHERE = """
     _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
-    bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size eos_token_id finetuning_task id2label initializer_range is_llama_config
+    bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id finetuning_task id2label
+    initializer_range is_llama_config
     label2id length_penalty max_length max_position_embeddings min_length no_repeat_ngram_size
     num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
     output_router_logits pad_token_id prefix pretraining_tp problem_type remove_invalid_values

@@ -74,16 +74,16 @@ def _generate(
 
     def advance(state: Any) -> Any:
         i, text, cache, done = state
-        last = jax.lax.dynamic_slice(text, (0, time + i - 1), (batch, 1))
+        last = jax.lax.dynamic_slice_in_dim(text, time + i - 1, 1, axis=1)
         logits, cache = apply(config, params, last, cache=cache)
         chosen = jnp.where(done, last[:, 0], _choose(logits[:, -1], drawing, i))
-        text = jax.lax.dynamic_update_slice(text, chosen[:, None], (0, time + i))
+        text = jax.lax.dynamic_update_slice_in_dim(text, chosen[:, None], time + i, axis=1)
         return i + 1, text, cache, done | _ends(chosen, stop)
 
     start = (jnp.int32(1), text, cache, _ends(first, stop))
     reached, text, _, _ = jax.lax.while_loop(unfinished, advance, start)
     # Rows that all ended early are filled up as the loop would have filled them.
-    last = jax.lax.dynamic_slice(text, (0, time + reached - 1), (batch, 1))
+    last = jax.lax.dynamic_slice_in_dim(text, time + reached - 1, 1, axis=1)
     return jnp.where(jnp.arange(time + steps) < time + reached, text, last)
 
 
