@@ -81,44 +81,55 @@ def load(directory: Path | str, dtype: Any = None, *, place: Place | None = None
     params = {}
     for name, shape in expected.items():
         to = dtype or _stored_dtype(shards, name, quantized)
-        read = _reader(shards, name, to, quantized)
-        order = model.layout(name, len(read.shape))
-        if tuple(read.shape[i] for i in order) != shape:
+        stored = _stored(shards, name, to, quantized)
+        order = model.layout(name, len(stored.shape))
+        if tuple(stored.shape[i] for i in order) != shape:
             raise StructureError(
-                f"{shards.path}: '{name}' has shape {read.shape}, the config asks for {shape} with its axes "
-                f"in the order {order}; get the config that belongs to these weights."
+                f"{shards.path}: '{name}' has shape {stored.shape}, the config asks for {shape}, its axes in "
+                f"the order {order}; get the config that belongs to these weights."
             )
-        leaf = _put(read, name, shape, order, to, place)
+        leaf = _put(stored, name, shape, order, to, place)
         params[name] = _paired(shards, name, leaf, order, records[name], to) if name in records else leaf
     generate = None if model.generate is None else functools.partial(model.generate, config)
     return Model(params, functools.partial(model.apply, config), config, model.loss(config), generate)
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """A stored tensor: its shape, and its values, mapped or dequantized when they are asked for."""
+class _Stored:
+    """A stored tensor: its shape, and part(index), which reads that part, of MXFP4 tensors whole experts."""
 
     shape: tuple[int, ...]
-    values: Callable[[], np.ndarray]
+    part: Callable[[tuple[slice, ...]], np.ndarray]
 
 
-def _reader(shards: Shards, name: str, dtype: Any, quantized: dict[str, tuple[str, str]]) -> _Reader:
+def _stored(shards: Shards, name: str, dtype: Any, quantized: dict[str, tuple[str, str]]) -> _Stored:
     if name not in quantized:
-        return _Reader(shards.info(name).shape, lambda: shards.view(name))
-    parts = quantized[name]
-    values = functools.cache(lambda: dequantize(shards, *parts, np.dtype(dtype)))
-    return _Reader(plain_shape(shards, *parts), values)
+        return _Stored(shards.info(name).shape, lambda index: shards.view(name)[index])
+    blocks, scales = quantized[name]
+
+    @functools.cache  # devices that hold parts of the same experts
+    def some(start: int | None, stop: int | None) -> np.ndarray:
+        return dequantize(shards, blocks, scales, np.dtype(dtype), slice(start, stop))
+
+    shape = plain_shape(shards, blocks, scales)
+    return _Stored(shape, lambda index: some(index[0].start, index[0].stop)[:, *index[1:]])
 
 
 def _put(
-    read: _Reader, name: str, shape: tuple[int, ...], order: tuple[int, ...], dtype: Any, place: Place | None
+    stored: _Stored,
+    name: str,
+    shape: tuple[int, ...],
+    order: tuple[int, ...],
+    dtype: Any,
+    place: Place | None,
 ) -> jax.Array:
-    def part(index: Any) -> np.ndarray:
-        return np.ascontiguousarray(read.values().transpose(order)[index]).astype(dtype)
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        here = tuple(index[order.index(i)] for i in range(len(order)))
+        return np.ascontiguousarray(stored.part(here).transpose(order)).astype(dtype)
 
     with jax.enable_x64(True):  # so that a float64 leaf stays float64
         if place is None:
-            return jnp.asarray(part(...))
+            return jnp.asarray(part((slice(None),) * len(shape)))
         return jax.make_array_from_callback(shape, place(name, shape), part)
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from specdef_jax.errors import StructureError
 from specdef_jax.parametrization import Deformed, is_structured
@@ -54,14 +54,16 @@ def placement(
     """Return place(name, shape) -> NamedSharding, which hub.load takes.
 
     A leaf that no rule names is on every device. An axis of the mesh splits one axis of a leaf, the first
-    that asks for it.
+    that asks for it. XLA partitions the network by itself, so every axis of the mesh is taken as automatic,
+    also where jax.make_mesh has made it explicit.
 
     Raises:
       StructureError: (when called) an axis of the mesh does not divide the axis that it should split.
     """
+    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
     def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*_splits(name, shape, mesh, layout, rules)))
+        return NamedSharding(automatic, PartitionSpec(*_splits(name, shape, mesh, layout, rules)))
 
     return place
 

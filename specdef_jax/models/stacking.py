@@ -55,7 +55,7 @@ def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
         raise StructureError("there are no leaves 'model.layers.0.*' to stack; pass a whole model.")
     layers = [layer_of(params, i) for i in range(count)]
     for i, layer in enumerate(layers[1:], 1):
-        check_same_structure(layers[0], layer, f"layer {i} beside layer 0, which are to be stacked")
+        _check_alike(layers[0], layer, f"layer {i} beside layer 0, which are to be stacked")
     stacked = {PREFIX + name: _stack(name, [layer[name] for layer in layers]) for name in layers[0]}
     return {name: leaf for name, leaf in params.items() if not name.startswith(PREFIX)} | stacked
 
@@ -84,12 +84,17 @@ def one_layer(leaf: Any) -> Any:
     return replace(leaf, axes=_moved(leaf.axes, -1, leaf.axes.stack[1:]))
 
 
+def _check_alike(first: dict[str, Any], layer: dict[str, Any], what: str) -> None:
+    check_same_structure(dict.fromkeys(first, 0), dict.fromkeys(layer, 0), what)
+    for name, leaf in first.items():
+        if jax.tree.structure(leaf) != jax.tree.structure(layer[name]):
+            raise StructureError(
+                f"'{name}' is deformed in some layers only, or on different sides; deform it in all of them."
+            )
+    check_same_structure(first, layer, what)
+
+
 def _stack(name: str, leaves: list[Any]) -> Any:
-    kinds = {jax.tree.structure(leaf) for leaf in leaves}
-    if len(kinds) > 1:
-        raise StructureError(
-            f"'{name}' is deformed in some layers only, or on different sides; deform it in all of them."
-        )
     joined = jax.tree.map(lambda *parts: jnp.stack(parts), *leaves)
     if isinstance(joined, Deformed):
         return replace(joined, axes=_moved(joined.axes, 1, (-1, *joined.axes.stack)))
