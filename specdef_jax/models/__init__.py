@@ -4,6 +4,9 @@ Parameters are one flat dict under the names of the checkpoint, "model.layers.0.
 what is deformed, measured or attacked here is what is stored. Kernels of linear maps are (in, out): those
 that PyTorch stores as (out, in) are transposed once, when they are loaded (hub.load). Every linear map goes
 through `models.linear.linear`, so a leaf may be a Deformed pair or any other structured weight.
+
+Products of plain float32 kernels run in whatever precision JAX is told to: on a GPU that is TF32 unless
+jax.default_matmul_precision("highest") holds. Those of pairs always run in full precision.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from specdef_jax.attacks.adjacent import AdjacentPair
-from specdef_jax.errors import ConfigError
+from specdef_jax.errors import ConfigError, ProblemError
 from specdef_jax.models import stacking
 from specdef_jax.models.attention import KeyValues, attend, causal_mask, remember, rms_norm
 from specdef_jax.models.linear import linear
@@ -64,6 +65,19 @@ class Cache:
     layers: Any
     used: Int[Array, ""]
 
+    def check_room(self, more: int) -> None:
+        """Refuse more tokens than there is room for; inside jit only a single input can be too long.
+
+        Raises:
+          ProblemError: the cache is too short.
+        """
+        length = jax.tree.leaves(self.layers)[0].shape[-3]
+        used = 0 if isinstance(self.used, Tracer) else int(self.used)
+        if used + more > length:
+            raise ProblemError(
+                f"the cache holds {length} tokens, {used} of them used, and {more} more come; make it longer."
+            )
+
 
 def init_cache(
     config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32, *, stacked: bool = False
@@ -97,8 +111,13 @@ def run(
       feed_forward: feed_forward(layer, h, with a cache), the second half of a layer.
       scale_wide: see rms_norm.
       remat: recompute the inside of each layer in the backward pass instead of keeping it.
+
+    Raises:
+      ProblemError: the cache is too short.
     """
-    h = params["model.embed_tokens.weight"][tokens]
+    if cache is not None:
+        cache.check_room(tokens.shape[1])
+    h = jnp.asarray(params["model.embed_tokens.weight"])[tokens]
     start = jnp.int32(0) if cache is None else cache.used
     positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     cos, sin = tables(config.rope, config.head_dim, positions, h.dtype)

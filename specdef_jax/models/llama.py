@@ -124,6 +124,9 @@ def apply(
       tokens: every row is read from its first token on; there is no padding.
       cache: of the tokens before these (init_cache); with one, (logits, cache) is returned.
       remat: recompute the inside of each layer in the backward pass instead of keeping it.
+
+    Raises:
+      ProblemError: the cache is too short.
     """
     feed_forward = functools.partial(_feed_forward, config)
     logits, after = decoder.run(

@@ -42,8 +42,9 @@ def test_logits_stay_whichever_way_pairs_are_applied(name, basis, side):
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-11)
     assert bool((found != want).any()) or basis == "axis"
     apply = functools.partial(module.apply, config)
-    traced = jax.jit(sd.layered(apply))(deformed, tokens())
-    np.testing.assert_allclose(traced, found, rtol=0, atol=1e-12)
+    for written in (apply, functools.partial(apply, remat=True)):
+        traced = jax.jit(sd.layered(written))(deformed, tokens())
+        np.testing.assert_allclose(traced, found, rtol=0, atol=1e-12)
     merged = logits_of(module, config, sd.merge(deformed), tokens())
     np.testing.assert_allclose(merged, want, rtol=0, atol=1e-11)
 

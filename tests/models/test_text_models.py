@@ -9,6 +9,7 @@ import pytest
 
 from specdef_jax import models, trees
 from specdef_jax.errors import ProblemError, StructureError
+from specdef_jax.models.attention import rms_norm
 from tests.models.helpers_models import MODULES, config_of, fixture, logits_of, small, tokens
 
 KEY = jax.random.key(0)
@@ -93,6 +94,34 @@ def test_a_cache_changes_nothing(name, stacked):
         found.append(logits)
     np.testing.assert_allclose(jnp.concatenate(found, 1), want, rtol=0, atol=1e-12)
     assert int(cache.used) == 9
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_cache_that_is_too_short_is_refused(stacked):
+    module, config, params = small("llama")
+    params = models.stack_layers(params) if stacked else params
+    apply = functools.partial(module.apply, config)
+    cache = module.init_cache(config, 2, 10, jnp.float64, stacked=stacked)
+    with pytest.raises(ProblemError, match="holds 10 tokens, 0 of them used, and 11 more"):
+        jax.jit(apply)(params, tokens(2, 11), cache=cache)
+    _, cache = jax.jit(apply)(params, tokens(2, 8), cache=cache)
+    with pytest.raises(ProblemError, match="holds 10 tokens, 8 of them used, and 3 more"):
+        apply(params, tokens(2, 3), cache=cache)
+
+
+@pytest.mark.parametrize("scale_wide", [False, True])
+def test_norms_are_computed_in_float32_and_scaled_where_the_original_does(scale_wide):
+    rng = np.random.default_rng(0)
+    h, weight = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((50, 16), (16,)))
+    wide = np.asarray(h, np.float32)
+    wide = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + np.float32(1e-5))
+    half = jnp.asarray(wide).astype(jnp.bfloat16)
+    late = jnp.asarray(np.asarray(weight, np.float32) * wide).astype(jnp.bfloat16)
+    found = rms_norm(h, weight, 1e-5, scale_wide=scale_wide)
+    assert found.dtype == jnp.bfloat16
+    assert bool((late != weight * half).any())
+    # a float32 division or its reciprocal may fall on either side of a tie
+    assert float(jnp.mean(found != (late if scale_wide else weight * half))) < 0.01
 
 
 @pytest.mark.parametrize("stacked", [False, True])
