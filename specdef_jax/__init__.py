@@ -2,15 +2,16 @@
 
     import specdef_jax as sd
 
-The public names are listed in __all__; the rooms sd.bounds, sd.curvature, sd.race and sd.attacks
-hold the rest. sd.certify and sd.load_results need the extra `cli`.
+The public names are listed in __all__; the rooms sd.bounds, sd.curvature, sd.race, sd.attacks, sd.models and
+sd.hub hold the rest. sd.certify and sd.load_results need the extra `cli`.
 """
 
-from specdef_jax import attacks, bounds, curvature, race, select, tasks
+from specdef_jax import attacks, bounds, curvature, hub, models, race, select, tasks
 from specdef_jax.activations import activations
 from specdef_jax.certification import Certification, certify, load_results
 from specdef_jax.errors import (
     BudgetError,
+    ConfigError,
     FileError,
     LayeredUnsupported,
     LeafError,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "Certification",
+    "ConfigError",
     "Deformed",
     "FileError",
     "GaugePair",
@@ -64,9 +66,11 @@ __all__ = [
     "curvature",
     "deform",
     "deform_pair",
+    "hub",
     "layered",
     "load_results",
     "merge",
+    "models",
     "plan",
     "preservation",
     "race",

@@ -19,6 +19,7 @@ from specdef_jax.hub.deforming import deform_directory as deform
 from specdef_jax.hub.fusing import Fused, inserted
 from specdef_jax.hub.fusing import fuse_directory as fuse
 from specdef_jax.hub.gauging import matrices_of
+from specdef_jax.hub.loading import Model, load
 from specdef_jax.hub.manifest import Manifest, Placement, StoredLayer, load_manifest
 from specdef_jax.hub.naming import Layout, axes_for, selector
 from specdef_jax.hub.orbax_tree import read_orbax, restore_orbax, write_orbax
@@ -37,6 +38,7 @@ __all__ = [
     "Fused",
     "Layout",
     "Manifest",
+    "Model",
     "Placement",
     "Shards",
     "Spectrum",
@@ -52,6 +54,7 @@ __all__ = [
     "is_safetensors",
     "is_shards",
     "kernel_axes",
+    "load",
     "load_manifest",
     "matrices_of",
     "open_shards",

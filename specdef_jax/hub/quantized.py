@@ -44,14 +44,16 @@ def plain_shape(shards: Shards, blocks: str, scales: str) -> tuple[int, int, int
     return b.shape[0], b.shape[2] * 32, b.shape[1]
 
 
-def dequantize(shards: Shards, blocks: str, scales: str, dtype: np.dtype) -> np.ndarray:
-    """Return the plain tensor (experts, in, out), every value exact.
+def dequantize(
+    shards: Shards, blocks: str, scales: str, dtype: np.dtype, experts: slice = slice(None)
+) -> np.ndarray:
+    """Return the plain tensor (experts, in, out), every value exact, or some experts of it.
 
     Raises:
       LeafError: `dtype` cannot hold a value exactly.
     """
-    packed, powers = shards.read(blocks), shards.read(scales)
-    plain = np.empty(plain_shape(shards, blocks, scales), dtype)
+    packed, powers = shards.view(blocks)[experts], shards.view(scales)[experts]
+    plain = np.empty((len(packed), *plain_shape(shards, blocks, scales)[1:]), dtype)
     for expert, (bytes_, exponents) in enumerate(zip(packed, powers, strict=True)):
         codes = np.stack([bytes_ & 15, bytes_ >> 4], axis=-1).reshape(*exponents.shape, 32)
         with np.errstate(over="ignore"):

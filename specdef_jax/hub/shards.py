@@ -45,6 +45,10 @@ MAY_HOLD_CODE = (
     ".tflite",
 )
 CACHES = (".git", ".cache")  # directories that hold the original weights again
+_STOCK = {
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+}  # what stock loaders read without an index
 _AGAIN = "get the checkpoint again"
 
 
@@ -122,6 +126,19 @@ class Shards:
             raise FileError(f"{path}: '{name}' is cut off; the file changed while it was read. Start again.")
         return np.frombuffer(data, np.uint8).view(info.dtype).reshape(info.shape)
 
+    def view(self, name: str) -> np.ndarray:
+        """Map one tensor into memory, read-only: of it only what is used is read.
+
+        Raises:
+          FileError: the file cannot be opened.
+        """
+        info, path = self.info(name), self.path / self.shard_of(name).name
+        try:
+            data = np.memmap(path, np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            raise FileError(f"{path} cannot be mapped into memory ({error}); {_AGAIN}.") from error
+        return data[info.start : info.stop].view(info.dtype).reshape(info.shape)
+
 
 def is_shards(path: Path | str) -> bool:
     """Tell whether a path is a directory as Hugging Face lays it out, of safetensors files or not."""
@@ -156,8 +173,9 @@ def open_shards(path: Path | str) -> Shards:
         )
     if indexes:
         index, metadata, shards = indexes[0], *_indexed(path, indexes[0])
-    elif len(weights) == 1:
-        index, metadata, shards = None, {}, [_shard(path, weights[0])]
+    elif len(weights) == 1 or len(_STOCK & set(weights)) == 1:
+        name = weights[0] if len(weights) == 1 else next(iter(_STOCK & set(weights)))
+        index, metadata, shards = None, {}, [_shard(path, name)]
     else:
         raise FileError(
             f"{path} has {len(weights)} safetensors files and no index that says which belong together; "

@@ -1,0 +1,78 @@
+"""Causal attention with grouped queries, sinks, a sliding window and a cache; and RMSNorm.
+
+Softmax and norms are computed in float32, or wider if the activations are, whatever the dtype of the network.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+KeyValues = tuple[Array, Array]  # of one layer, each (batch, length, groups, head_dim)
+
+
+def rms_norm(
+    h: Float[Array, "*batch d"], weight: Float[Array, " d"], eps: float, *, scale_wide: bool
+) -> Float[Array, "*batch d"]:
+    """Return h over its root mean square, times the weight.
+
+    Args:
+      h: activations.
+      weight: one factor per feature.
+      eps: added to the mean square.
+      scale_wide: multiply before the result is cast back to the dtype of h (GPT-OSS), or after (Llama).
+    """
+    wide = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (weight * wide).astype(h.dtype) if scale_wide else weight * wide.astype(h.dtype)
+
+
+def causal_mask(
+    queries: Int[Array, " time"], keys: Int[Array, " length"], window: int | Int[Array, ""] | None
+) -> Bool[Array, "time length"]:
+    """Tell which keys a query may see: itself and those before it, of a window its last `window`."""
+    distance = queries[:, None] - keys[None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def attend(
+    q: Float[Array, "batch time heads d"],
+    k: Float[Array, "batch length groups d"],
+    v: Float[Array, "batch length groups d"],
+    mask: Bool[Array, "time length"],
+    sinks: Float[Array, " heads"] | None,
+) -> Float[Array, "batch time features"]:
+    """Mix values by softmax(q k^T / sqrt(d)); head i reads group i // (heads / groups).
+
+    A sink is one more logit per head, which takes part in the normalisation and has no value.
+    """
+    batch, time, heads, d = q.shape
+    groups = k.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(batch, time, groups, heads // groups, d)
+    scores = jnp.einsum("btgrd,bsgd->bgrts", grouped, k, preferred_element_type=wide) * d**-0.5
+    scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    # Without a sink there is one that takes no part.
+    resting = -jnp.inf if sinks is None else sinks.astype(wide).reshape(groups, heads // groups, 1, 1)
+    top = jax.lax.stop_gradient(jnp.maximum(top, resting))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(resting - top)
+    mixed = jnp.einsum("bgrts,bsgd->btgrd", (weights / total).astype(v.dtype), v)
+    return mixed.reshape(batch, time, heads * d)
+
+
+def remember(
+    held: KeyValues | None, k: Array, v: Array, position: Any
+) -> tuple[Array, Array, KeyValues | None]:
+    """Return all keys and values there are to see, and the cache with the new ones written at `position`."""
+    if held is None:
+        return k, v, None
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
+        for old, new in zip(held, (k, v), strict=True)
+    )
+    return keys, values, (keys, values)
