@@ -48,6 +48,10 @@ class ProblemError(SpecDefError, ValueError):
     """A loss, a target or an argument of a measurement cannot be used as asked."""
 
 
+class ConfigError(SpecDefError, ValueError):
+    """A model's config asks for an architecture that is not implemented, or lacks a field."""
+
+
 class FileError(SpecDefError, OSError):
     """A file or directory is missing, corrupt, or cannot be written."""
 

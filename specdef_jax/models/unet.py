@@ -1,9 +1,9 @@
 """The UNet of Stable Diffusion (UNet2DConditionModel of diffusers), as a pure function of its tensors.
 
-    config = UNetConfig.from_dict(json.loads(Path("unet/config.json").read_text()))
-    params = unet_params.from_checkpoint(config, safetensors.numpy.load_file("unet/model.safetensors"))
+    config = unet.Config.from_json(json.loads(Path("unet/config.json").read_text()))
+    params = unet.from_checkpoint(config, safetensors.numpy.load_file("unet/model.safetensors"))
     noise = unet.apply(config, params, sample, timestep, encoder_hidden_states)
-    step = jax.jit(jax.value_and_grad(unet.noise_loss(config, remat=True)))
+    step = jax.jit(jax.value_and_grad(unet.loss(config, remat=True)))
     value, gradient = step(params, latents, noise, timestep, encoder_hidden_states)
     images = diffusion.denoise(unet.bound(config), params, latents, encoder_hidden_states, diffusion.ddim(50))
 
@@ -20,9 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
 
 from specdef_jax.errors import ProblemError
+from specdef_jax.models.diffusion import add_noise, alphas_cumprod
 from specdef_jax.models.linear import linear
 from specdef_jax.models.unet_attention import transformer
 from specdef_jax.models.unet_config import Block, UNetConfig
@@ -36,6 +38,22 @@ from specdef_jax.models.unet_layers import (
     resnet,
     upsample,
 )
+from specdef_jax.models.unet_params import from_checkpoint, gauge_pairs, init, layout, shapes, to_checkpoint
+
+__all__ = [
+    "Config",
+    "apply",
+    "bound",
+    "from_checkpoint",
+    "gauge_pairs",
+    "init",
+    "layout",
+    "loss",
+    "shapes",
+    "to_checkpoint",
+]
+
+Config = UNetConfig
 
 
 def apply(
@@ -51,12 +69,13 @@ def apply(
 
     Args:
       config: static.
-      params: {name in the checkpoint: leaf}, kernels (in, out) and HWIO (unet_params.from_checkpoint); leaves may
-        be Deformed or other structured weights.
+      params: {name in the checkpoint: leaf}, kernels (in, out) and HWIO (from_checkpoint); leaves may be
+        Deformed or other structured weights.
       sample: any height and width.
       timestep: one for all, or (batch,).
       encoder_hidden_states: of the text; may be absent where no block reads it.
-      remat: recompute every ResNet block and every transformer in the backward pass, keeping their inputs only.
+      remat: keep of each ResNet block and transformer its input only, and compute it again in the backward
+        pass.
 
     Raises:
       ProblemError: the sample or the encoder's states do not fit the config.
@@ -95,7 +114,9 @@ def apply(
             x = upsample(part(own, "upsamplers.0"), x, skips[-1].shape[1:3])
     norm = params["conv_norm_out.weight"], params["conv_norm_out.bias"]
     x = activate(config.act_fn, group_norm(x, *norm, groups=config.groups, eps=config.norm_eps))
-    x = convolve(x, params["conv_out.weight"], params["conv_out.bias"], padding=_around(config.conv_out_kernel))
+    x = convolve(
+        x, params["conv_out.weight"], params["conv_out.bias"], padding=_around(config.conv_out_kernel)
+    )
     return jnp.moveaxis(x, -1, 1)
 
 
@@ -104,10 +125,48 @@ def bound(config: UNetConfig, *, remat: bool = False) -> Callable[..., Array]:
     return functools.partial(apply, config, remat=remat)
 
 
+def loss(
+    config: UNetConfig, alphas: Float[np.ndarray, " steps"] | None = None, *, remat: bool = False
+) -> Callable[..., Array]:
+    """Return the mean squared error of the predicted noise.
+
+    It is a function of (params, latents, noise, timestep, encoder_hidden_states), with latents without noise.
+
+    Args:
+      config: of the UNet.
+      alphas: alphas_cumprod of the schedule; None for that of Stable Diffusion 1.x.
+      remat: as `apply` takes it.
+
+    Source: Ho, Jain, Abbeel, Denoising diffusion probabilistic models, 2020, equation 14.
+    """
+    table = alphas_cumprod() if alphas is None else alphas
+
+    def of(
+        params: Params,
+        latents: Float[Array, "batch c height width"],
+        noise: Float[Array, "batch c height width"],
+        timestep: Int[Array, " batch"],
+        encoder_hidden_states: Float[Array, "batch tokens e"] | None = None,
+    ) -> Float[Array, ""]:
+        noisy = add_noise(table, latents, noise, timestep)
+        predicted = apply(config, params, noisy, timestep, encoder_hidden_states, remat=remat)
+        wide = jnp.promote_types(predicted.dtype, jnp.float32)
+        return jnp.mean((predicted.astype(wide) - noise.astype(wide)) ** 2)
+
+    return of
+
+
 def _layer(
-    config: UNetConfig, time: Array, context: Array, remat: bool, params: Params, block: Block, i: int, x: Array
+    config: UNetConfig,
+    time: Array,
+    context: Array,
+    remat: bool,
+    params: Params,
+    block: Block,
+    i: int,
+    x: Array,
 ) -> Array:
-    """One ResNet block and the transformer behind it; in the middle the transformer comes before the second."""
+    """One ResNet block, and the transformer behind it if there is one."""
     keep = jax.checkpoint if remat else _as_it_is
     run_resnet = functools.partial(
         resnet, groups=config.groups, eps=config.norm_eps, act_fn=config.act_fn, scale=block.scale
@@ -131,10 +190,17 @@ def _around(kernel: int) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _embed_time(config: UNetConfig, params: Params, timestep: Any, batch: int, dtype: Any) -> Array:
-    """Embed a timestep: sines and cosines, in float32 as in diffusers, and two linear maps."""
+    """Embed a timestep: sines and cosines of float32 frequencies, as in diffusers, and two linear maps."""
     half = config.width // 2
-    exponent = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - config.freq_shift)
-    angles = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), (batch,))[:, None] * jnp.exp(exponent)
+    exponent = (
+        np.float32(-math.log(10000))
+        * np.arange(half, dtype=np.float32)
+        / np.float32(half - config.freq_shift)
+    )
+    wide = jnp.promote_types(dtype, jnp.float32)
+    angles = jnp.broadcast_to(jnp.asarray(timestep, wide), (batch,))[:, None] * jnp.asarray(
+        np.exp(exponent), wide
+    )
     waves = [jnp.sin(angles), jnp.cos(angles)]
     embedding = jnp.concatenate(waves[::-1] if config.flip_sin_to_cos else waves, axis=-1)
     embedding = jnp.pad(embedding, ((0, 0), (0, config.width % 2))).astype(dtype)
@@ -147,11 +213,13 @@ def _check(config: UNetConfig, sample: Array, timestep: Any, states: Array | Non
     batch = sample.shape[0]
     if sample.shape[1] != config.in_channels:
         raise ProblemError(
-            f"the sample has shape {sample.shape}, the config {config.in_channels} channels; give (batch, channels, "
-            "height, width)."
+            f"the sample has shape {sample.shape}, the config {config.in_channels} channels; give (batch, "
+            "channels, height, width)."
         )
     if jnp.shape(timestep) not in ((), (1,), (batch,)):
-        raise ProblemError(f"the timestep has shape {jnp.shape(timestep)}; give a scalar or one for each of {batch}.")
+        raise ProblemError(
+            f"the timestep has shape {jnp.shape(timestep)}; give a scalar or one for each of {batch}."
+        )
     wanted = sorted({block.context for block in config.blocks if block.depths})
     if not wanted:
         return

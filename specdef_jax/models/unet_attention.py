@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from specdef_jax.models.linear import linear
 from specdef_jax.models.unet_config import Block
-from specdef_jax.models.unet_layers import Params, convolve, group_norm, part
+from specdef_jax.models.unet_layers import NONE, Params, convolve, group_norm, part
 
 _LAYER_NORM_EPS = 1e-5
 _GROUP_NORM_EPS = 1e-6  # fixed, whatever norm_eps says of the ResNet blocks
@@ -35,7 +35,7 @@ def transformer(
 def _project(params: Params, name: str, x: Array) -> Array:
     w, b = params[f"{name}.weight"], params[f"{name}.bias"]
     rank = getattr(w, "weight", w).ndim
-    return linear(x, w, b) if rank == 2 else convolve(x, w, b, padding=((0, 0), (0, 0)))
+    return linear(x, w, b) if rank == 2 else convolve(x, w, b, padding=NONE)
 
 
 def _layer(params: Params, h: Array, context: Array, block: Block) -> Array:
@@ -57,8 +57,11 @@ def attention(
         out = linear(of, params[f"{name}.weight"])
         return out.reshape(*out.shape[:2], heads, -1)
 
-    # to_v comes directly before the mixing and to_out directly after it, a gauge pair
-    mixed = jax.nn.dot_product_attention(split("to_q", h), split("to_k", context), split("to_v", context))
+    q, k, v = split("to_q", h), split("to_k", context), split("to_v", context)
+    # jax.nn.dot_product_attention has its softmax in float32 always, which is too coarse for float64.
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+    mixed = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores).astype(v.dtype), v)
     return linear(mixed.reshape(*h.shape[:2], -1), params["to_out.0.weight"], params["to_out.0.bias"])
 
 

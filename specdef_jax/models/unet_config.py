@@ -1,7 +1,7 @@
 """The block layout of a UNet2DConditionModel, read from the config.json of diffusers.
 
-A field that is absent has the default of diffusers, as it has there: the config of Stable Diffusion 1.x has no
-mid_block_type. A field that would change the architecture into one that is not here is refused by name.
+A field that is absent has the default of diffusers, as it has there: the config of Stable Diffusion 1.x has
+no mid_block_type. A field that would change the architecture into one that is not here is refused by name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specdef_jax.errors import StructureError
+from specdef_jax.errors import ConfigError
 from specdef_jax.models.unet_fields import depths, known, numbers, one_of, per_level, positive, types
 
 _MID = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False}
@@ -97,14 +97,14 @@ class UNetConfig:
         return (*self.down, *((self.mid,) if self.mid else ()), *self.up)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
+    def from_json(cls, config: Mapping[str, Any]) -> UNetConfig:
         """Read a config.json of diffusers.
 
-        attention_head_dim means the number of heads: it was misnamed when diffusers began, and 40,000 checkpoints
-        keep it so. A num_attention_heads, where it is given, goes before.
+        attention_head_dim means the number of heads: it was misnamed when diffusers began, and checkpoints
+        keep the name. A num_attention_heads, where it is given, goes before.
 
         Raises:
-          StructureError: a field asks for another architecture, is unknown, or does not fit the others.
+          ConfigError: a field asks for another architecture, is unknown, or does not fit the others.
         """
         told = known(config)
         channels = numbers(told, "block_out_channels")
@@ -142,7 +142,9 @@ class UNetConfig:
         return found
 
 
-def _way_down(channels: tuple[int, ...], cross: tuple[bool, ...], levels: dict[str, Any]) -> tuple[Block, ...]:
+def _way_down(
+    channels: tuple[int, ...], cross: tuple[bool, ...], levels: dict[str, Any]
+) -> tuple[Block, ...]:
     found, before = [], channels[0]
     for i, width in enumerate(channels):
         layers = levels["layers"][i]
@@ -169,9 +171,9 @@ def _way_up(
     reverse = "reverse_transformer_layers_per_block"
     depth = levels["depth"][::-1] if told[reverse] is None else depths(told, reverse, n)
     if told[reverse] is None and any(isinstance(d, tuple) for d in depth):
-        raise StructureError(
-            "transformer_layers_per_block holds lists, of the way down; give reverse_transformer_layers_per_block "
-            "for the way up."
+        raise ConfigError(
+            "transformer_layers_per_block holds lists, of the way down; give "
+            "reverse_transformer_layers_per_block for the way up."
         )
     found, before = [], channels[-1]
     for i in range(n):
@@ -210,12 +212,12 @@ def _check_features(config: UNetConfig) -> None:
     for block in config.blocks:
         for channels in (block.channels, *block.inputs):
             if channels % config.groups:
-                raise StructureError(
-                    f"{channels} channels of {block.name} cannot be split into norm_num_groups = {config.groups} "
-                    "groups; check block_out_channels."
+                raise ConfigError(
+                    f"{channels} channels of {block.name} cannot be split into norm_num_groups = "
+                    f"{config.groups} groups; check block_out_channels."
                 )
         if block.depths and block.heads > block.channels:
-            raise StructureError(
+            raise ConfigError(
                 f"{block.heads} attention heads share {block.channels} channels of {block.name}; "
                 "attention_head_dim is the number of heads, check it."
             )
@@ -225,9 +227,8 @@ def _each(depth: Any, layers: int | None, name: str) -> tuple[int, ...]:
     """Return the number of transformer blocks behind each layer."""
     found = depth if isinstance(depth, tuple) else (depth,) * (layers or 1)
     if any(type(d) is not int or d < 1 for d in found) or (layers is not None and len(found) < layers):
-        raise StructureError(
-            f"{depth!r} transformer layers in {name}: give a positive number, or one for each of its {layers} layers."
+        raise ConfigError(
+            f"{depth!r} transformer layers in {name}: give a positive number, or one for each of its "
+            f"{layers} layers."
         )
     return found[:layers]
-
-

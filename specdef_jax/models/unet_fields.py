@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from specdef_jax.errors import StructureError
+from specdef_jax.errors import ConfigError
 
-# Fields that leave the function as it is: sizes of the input, what only training in PyTorch reads (dropout), words
-# about the file, and what speaks of parts that are absent.
+# Fields that leave the function as it is: sizes of the input, what only training in PyTorch reads (dropout),
+# words about the file, and what speaks of parts that are absent.
 _NO_EFFECT = {
     "addition_embed_type_num_heads",
     "addition_time_embed_dim",
@@ -75,16 +75,16 @@ def known(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return every field that is read, defaults filled in."""
     name = str(config.get("_class_name", "UNet2DConditionModel"))
     if not name.endswith("UNet2DConditionModel"):
-        raise StructureError(f"the config is of a {name}; give that of a UNet2DConditionModel.")
+        raise ConfigError(f"the config is of a {name}; give that of a UNet2DConditionModel.")
     for field, value in config.items():
         if field in _ONLY and value != _ONLY[field]:
-            raise StructureError(
+            raise ConfigError(
                 f"{field} = {value!r} makes another architecture than Stable Diffusion's, for which it is "
                 f"{_ONLY[field]!r}; such checkpoints can be deformed as files (specdef deform), not run here."
             )
         unknown = not field.startswith("_") and field not in {*_NO_EFFECT, *_ONLY, *_DEFAULTS}
         if unknown and value is not None:
-            raise StructureError(
+            raise ConfigError(
                 f"the config has a field that is not known here, {field} = {value!r}, and it may change the "
                 "network; remove it from config.json if it does not."
             )
@@ -97,10 +97,10 @@ def types(told: dict[str, Any], field: str, n: int) -> tuple[bool, ...]:
     known = [kind for kind in _CROSS if way in kind]
     kinds = told[field]
     if not isinstance(kinds, (list, tuple)) or len(kinds) != n:
-        raise StructureError(f"{field} = {kinds!r}: give one for each of {n} block_out_channels.")
+        raise ConfigError(f"{field} = {kinds!r}: give one for each of {n} block_out_channels.")
     for kind in kinds:
         if kind not in known:
-            raise StructureError(f"{field} has {kind!r}; here are {' and '.join(known)}.")
+            raise ConfigError(f"{field} has {kind!r}; here are {' and '.join(known)}.")
     return tuple(_CROSS[kind] for kind in kinds)
 
 
@@ -110,7 +110,7 @@ def per_level(told: dict[str, Any], field: str, n: int, kind: type = int) -> tup
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * n
     if len(values) != n or any(type(v) is not kind or (kind is int and v < 1) for v in values):
         what = "true or false" if kind is bool else "a positive number"
-        raise StructureError(f"{field} = {value!r}: give {what}, or {n} of them, one for each level.")
+        raise ConfigError(f"{field} = {value!r}: give {what}, or {n} of them, one for each level.")
     return values
 
 
@@ -119,25 +119,28 @@ def depths(told: dict[str, Any], field: str, n: int) -> tuple[Any, ...]:
     value = told[field]
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * n
     if len(values) != n:
-        raise StructureError(f"{field} = {value!r}: give a number, or one for each of {n} levels.")
+        raise ConfigError(f"{field} = {value!r}: give a number, or one for each of {n} levels.")
     return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in values)
 
 
 def numbers(told: dict[str, Any], field: str) -> tuple[int, ...]:
+    """Return a list of positive numbers."""
     value = told[field]
     if not isinstance(value, (list, tuple)) or not value or any(type(v) is not int or v < 1 for v in value):
-        raise StructureError(f"{field} = {value!r}: give a list of positive numbers.")
+        raise ConfigError(f"{field} = {value!r}: give a list of positive numbers.")
     return tuple(value)
 
 
 def positive(told: dict[str, Any], field: str) -> int:
+    """Return a positive number."""
     value = told[field]
     if type(value) is not int or value < 1:
-        raise StructureError(f"{field} = {value!r}: must be a positive number.")
+        raise ConfigError(f"{field} = {value!r}: must be a positive number.")
     return value
 
 
 def one_of(told: dict[str, Any], field: str, known: tuple[Any, ...]) -> Any:
+    """Return one of the known values."""
     if told[field] not in known:
-        raise StructureError(f"{field} = {told[field]!r}: must be one of {', '.join(map(str, known))}.")
+        raise ConfigError(f"{field} = {told[field]!r}: must be one of {', '.join(map(str, known))}.")
     return told[field]

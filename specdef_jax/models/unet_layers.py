@@ -29,6 +29,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 Padding = tuple[tuple[int, int], tuple[int, int]]
 SAME: Padding = ((1, 1), (1, 1))
+NONE: Padding = ((0, 0), (0, 0))
 
 
 def part(params: Params, prefix: str) -> Params:
@@ -92,16 +93,13 @@ def _convolve(
 
 def _by_windows(x: Array, kernel: Array, stride: int, padding: Padding, precision: Any) -> Array:
     """Convolve by one product with the stacked windows."""
-    rows, columns, n, m = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = ((s - k) // stride + 1 for s, k in zip(x.shape[1:3], (rows, columns), strict=True))
-    windows = [
-        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-        for i in range(rows)
-        for j in range(columns)
-    ]
-    stacked, kernel = jnp.stack(windows, axis=3), kernel.reshape(rows * columns, n, m)
-    return jnp.einsum("bhwvc,vcf->bhwf", stacked, kernel, precision=precision)
+    for axis, size in ((1, kernel.shape[0]), (2, kernel.shape[1])):
+        last = (x.shape[axis] - size) // stride * stride
+        x = jnp.stack(
+            [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(size)], axis=x.ndim - 1
+        )
+    return jnp.einsum("bhwijc,ijcf->bhwf", x, kernel, precision=precision)
 
 
 def group_norm(
@@ -140,14 +138,16 @@ def resnet(
     h = group_norm(h, params["norm2.weight"], params["norm2.bias"], groups=groups, eps=eps)
     h = convolve(activate(act_fn, h), params["conv2.weight"], params["conv2.bias"])
     if "conv_shortcut.weight" in params:
-        x = convolve(x, params["conv_shortcut.weight"], params["conv_shortcut.bias"], padding=((0, 0), (0, 0)))
+        x = convolve(
+            x, params["conv_shortcut.weight"], params["conv_shortcut.bias"], padding=((0, 0), (0, 0))
+        )
     return (x + h) / scale if scale != 1 else x + h
 
 
 def downsample(
     params: Params, x: Float[Array, "batch height width c"], padding: int
 ) -> Float[Array, "batch _ _ c"]:
-    """Halve the sides by a convolution of stride 2; without padding, one zero row and column are added at the end."""
+    """Halve the sides by a convolution of stride 2; without padding, zeros are added at the end only."""
     around = (padding, padding) if padding else (0, 1)
     return convolve(x, params["conv.weight"], params["conv.bias"], stride=2, padding=(around, around))
 
@@ -155,7 +155,7 @@ def downsample(
 def upsample(
     params: Params, x: Float[Array, "batch height width c"], size: tuple[int, ...]
 ) -> Float[Array, "batch _ _ c"]:
-    """Bring the sides to `size` (those of the skip connection that follows) by the nearest neighbour; convolve."""
+    """Bring the sides to `size`, those of the skip connection that follows, by repetition, and convolve."""
     for axis, (old, new) in enumerate(zip(x.shape[1:3], size, strict=True), start=1):
         if new == 2 * old:
             x = jnp.repeat(x, 2, axis=axis)

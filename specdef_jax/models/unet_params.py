@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from specdef_jax.attacks.adjacent import AdjacentPair
 from specdef_jax.errors import StructureError
 from specdef_jax.models.unet_config import Block, UNetConfig
 from specdef_jax.models.unet_layers import Params
@@ -19,8 +20,8 @@ from specdef_jax.parametrization import Deformed, KernelAxes
 
 Shape = tuple[int, ...]
 # As PyTorch stores a tensor of each rank -> as it is here: (out, in) -> (in, out), OIHW -> HWIO.
-_ORDER: dict[int, Shape] = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
-_BACK: dict[int, Shape] = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+_ORDER: dict[int, Shape] = {2: (1, 0), 4: (2, 3, 1, 0)}
+_BACK: dict[int, Shape] = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 def from_checkpoint(config: UNetConfig, tensors: Mapping[str, Any], dtype: Any = None) -> Params:
@@ -37,16 +38,21 @@ def from_checkpoint(config: UNetConfig, tensors: Mapping[str, Any], dtype: Any =
     wanted = shapes(config)
     for name in wanted:
         if name not in tensors:
-            raise StructureError(f"the checkpoint lacks '{name}', which its config asks for; check config.json.")
+            raise StructureError(
+                f"the checkpoint lacks '{name}', which its config asks for; check config.json."
+            )
     found = {}
     for name, tensor in tensors.items():
         if name not in wanted:
-            raise StructureError(f"the checkpoint has '{name}', which its config does not ask for; check config.json.")
+            raise StructureError(
+                f"the checkpoint has '{name}', which its config does not ask for; check config.json."
+            )
         found[name] = _reordered(tensor, _ORDER, dtype)
         shape = tuple(getattr(found[name], "weight", found[name]).shape)
         if shape != wanted[name]:
             raise StructureError(
-                f"'{name}' has shape {shape} after transposition, its config says {wanted[name]}; check config.json."
+                f"'{name}' has shape {shape} after transposition, its config says {wanted[name]}; check "
+                "config.json."
             )
     return found
 
@@ -57,17 +63,16 @@ def to_checkpoint(params: Params) -> dict[str, Any]:
 
 
 def _reordered(leaf: Any, orders: dict[int, Shape], dtype: Any) -> Any:
+    rank = leaf.weight.ndim if isinstance(leaf, Deformed) else leaf.ndim
+    order = orders.get(rank, tuple(range(rank)))
     if isinstance(leaf, Deformed):
-        order = orders[leaf.weight.ndim]
         moved = {
             field: tuple(order.index(i) for i in getattr(leaf.axes, field))
             for field in ("inputs", "outputs", "window", "stack")
         }
         weight = jnp.asarray(np.transpose(leaf.weight, order))
         return replace(leaf, weight=weight, comp=jnp.asarray(leaf.comp), axes=KernelAxes(**moved))
-    if leaf.ndim not in orders:
-        return leaf
-    return jnp.asarray(leaf.transpose(orders[leaf.ndim]), dtype)
+    return jnp.asarray(leaf.transpose(order), dtype)
 
 
 def init(config: UNetConfig, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Params:
@@ -87,16 +92,24 @@ def shapes(config: UNetConfig) -> dict[str, Shape]:
     return dict(_shapes(config))
 
 
-def gauge_pairs(config: UNetConfig) -> dict[str, tuple[str, int]]:
-    """Return value projection -> (output projection, heads), as deform_pair(..., groups=heads) takes them."""
-    found = {}
+def layout(name: str, rank: int) -> Shape:
+    """Return the permutation of axes that turns a stored tensor of this rank into ours, whatever its name."""
+    del name
+    return _ORDER.get(rank, tuple(range(rank)))
+
+
+def gauge_pairs(config: UNetConfig) -> tuple[AdjacentPair, ...]:
+    """Return the value and output projection of every attention, between which it is linear."""
+    found = []
     for block in config.blocks:
         for i, depth in enumerate(block.depths):
             for j in range(depth):
                 for name in ("attn1", "attn2"):
                     prefix = f"{block.name}.attentions.{i}.transformer_blocks.{j}.{name}"
-                    found[f"{prefix}.to_v.weight"] = (f"{prefix}.to_out.0.weight", block.heads)
-    return found
+                    found.append(
+                        AdjacentPair(f"{prefix}.to_v.weight", f"{prefix}.to_out.0.weight", None, block.heads)
+                    )
+    return tuple(found)
 
 
 Named = Iterator[tuple[str, Shape]]
@@ -111,7 +124,9 @@ def _shapes(config: UNetConfig) -> Named:
         for i, inputs in enumerate(block.inputs):
             yield from _resnet(f"{block.name}.resnets.{i}", inputs, block.channels, time)
         for i, depth in enumerate(block.depths):
-            yield from _transformer(f"{block.name}.attentions.{i}", block, depth, config.use_linear_projection)
+            yield from _transformer(
+                f"{block.name}.attentions.{i}", block, depth, config.use_linear_projection
+            )
         if block.resampled:
             way = "down" if block in config.down else "up"
             yield from _conv(f"{block.name}.{way}samplers.0.conv", block.channels, block.channels, 3)

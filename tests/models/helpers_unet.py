@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -14,7 +13,7 @@ from specdef_jax.models.unet_config import UNetConfig
 
 DATA = Path(__file__).parents[1] / "data" / "sd_unet_tiny"
 TOLD: dict[str, Any] = json.loads((DATA / "config.json").read_text())
-CONFIG = UNetConfig.from_dict(TOLD)
+CONFIG = UNetConfig.from_json(TOLD)
 
 SMALL: dict[str, Any] = {
     "block_out_channels": [8, 16],
@@ -67,7 +66,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "centred, sines first": SMALL
     | {"center_input_sample": True, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
     "other windows and channels": SMALL
-    | {"conv_in_kernel": 5, "conv_out_kernel": 1, "in_channels": 3, "out_channels": 5, "time_embedding_dim": 20},
+    | {
+        "conv_in_kernel": 5,
+        "conv_out_kernel": 1,
+        "in_channels": 3,
+        "out_channels": 5,
+        "time_embedding_dim": 20,
+    },
 }
 
 
@@ -82,19 +87,22 @@ def fixture(dtype: Any = None) -> dict[str, Any]:
     return unet_params.from_checkpoint(CONFIG, tensors, dtype)
 
 
-def inputs(config: UNetConfig, size: tuple[int, int] = (8, 6), batch: int = 2, dtype: Any = jnp.float64) -> Any:
+def inputs(config: UNetConfig, size: tuple[int, int] = (8, 6), batch: int = 2, dtype: Any = "float64") -> Any:
     """Return a sample, a timestep for each of the batch, and states of an encoder."""
-    first, second = jax.random.split(jax.random.key(5))
+    draw = np.random.default_rng(5).standard_normal
     context = max(block.context for block in config.blocks)
-    sample = jax.random.normal(first, (batch, config.in_channels, *size), dtype)
-    states = jax.random.normal(second, (batch, 5, context), dtype)
-    return sample, jnp.arange(batch) * 100 + 21, states
+    sample, states = draw((batch, config.in_channels, *size)), draw((batch, 5, context))
+    return jnp.asarray(sample, dtype), jnp.arange(batch) * 3 + 1, jnp.asarray(states, dtype)
 
 
-def perturbed(config: UNetConfig, dtype: Any = jnp.float64) -> dict[str, Any]:
+def perturbed(config: UNetConfig, dtype: Any = "float64") -> dict[str, Any]:
     """Return random parameters in which no bias is zero and no scale one."""
-    params = unet_params.init(config, jax.random.key(2), dtype)
-    return {
-        name: leaf + 0.1 * jax.random.normal(jax.random.key(i), leaf.shape, dtype) if leaf.ndim == 1 else leaf
-        for i, (name, leaf) in enumerate(params.items())
-    }
+    draw = np.random.default_rng(2).standard_normal
+    found = {}
+    for name, shape in unet_params.shapes(config).items():
+        if len(shape) > 1:
+            values = draw(shape) / np.sqrt(np.prod(shape[:-1]))
+        else:
+            values = name.endswith("weight") + 0.1 * draw(shape)
+        found[name] = jnp.asarray(values, dtype)
+    return found
