@@ -39,7 +39,7 @@ def add_noise(
     alphas: Float[Array | np.ndarray, " steps"],
     latents: Float[Array, "batch *shape"],
     noise: Float[Array, "batch *shape"],
-    timestep: Int[Array, "..."],
+    timestep: Int[Array, "..."] | int,
 ) -> Float[Array, "batch *shape"]:
     """Return sqrt(a) latents + sqrt(1 - a) noise; timestep is one for all, or (batch,)."""
     wide = jnp.promote_types(latents.dtype, jnp.float32)

@@ -1,11 +1,18 @@
 """The UNet of Stable Diffusion (UNet2DConditionModel of diffusers), as a pure function of its tensors.
 
-    config = unet.Config.from_json(json.loads(Path("unet/config.json").read_text()))
-    params = unet.from_checkpoint(config, safetensors.numpy.load_file("unet/model.safetensors"))
-    noise = unet.apply(config, params, sample, timestep, encoder_hidden_states)
-    step = jax.jit(jax.value_and_grad(unet.loss(config, remat=True)))
-    value, gradient = step(params, latents, noise, timestep, encoder_hidden_states)
-    images = diffusion.denoise(unet.bound(config), params, latents, encoder_hidden_states, diffusion.ddim(50))
+    import json, pathlib, jax, safetensors.numpy, specdef_jax as sd
+    from specdef_jax.models import diffusion, unet
+
+    path = pathlib.Path("tests/data/sd_unet_tiny")  # or the folder unet/ of a Stable Diffusion 1.x
+    config = unet.Config.from_json(json.loads((path / "config.json").read_text()))
+    tensors = safetensors.numpy.load_file(path / "diffusion_pytorch_model.safetensors")
+    params, model, key = unet.from_checkpoint(config, tensors), unet.bound(config), jax.random.key(0)
+    latents, states = jax.random.normal(key, (1, 4, 8, 8)), jax.random.normal(key, (1, 5, 24))
+    deformed = sd.deform(params, sd.SpecDef(alpha=64.0), where="*attn2.to_v.weight", key=key)  # same function
+    outputs = [jax.jit(model)(p, latents, 7, states) for p in (params, deformed)]
+    print(abs(outputs[0] - outputs[1]).max())
+    gradient = jax.jit(jax.grad(unet.loss(config)))(deformed, latents, latents[..., ::-1], 7, states)
+    image = diffusion.denoise(model, deformed, latents, states, diffusion.ddim(4))
 
 Samples go in and come out as diffusers has them, (batch, channels, height, width); inside, channels are last.
 Layers differ in shape from level to level, so they are not scanned over.
@@ -120,6 +127,7 @@ def apply(
     return jnp.moveaxis(x, -1, 1)
 
 
+@functools.cache  # one function object per config, so that jit compiles it once
 def bound(config: UNetConfig, *, remat: bool = False) -> Callable[..., Array]:
     """Return apply(params, sample, timestep, encoder_hidden_states) of one config."""
     return functools.partial(apply, config, remat=remat)
@@ -145,7 +153,7 @@ def loss(
         params: Params,
         latents: Float[Array, "batch c height width"],
         noise: Float[Array, "batch c height width"],
-        timestep: Int[Array, " batch"],
+        timestep: Int[Array, "..."] | int,
         encoder_hidden_states: Float[Array, "batch tokens e"] | None = None,
     ) -> Float[Array, ""]:
         noisy = add_noise(table, latents, noise, timestep)

@@ -62,6 +62,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "heads that do not divide, linear": SMALL | {"attention_head_dim": 3, "use_linear_projection": True},
     "other activation, epsilon, scale": SMALL
     | {"act_fn": "mish", "norm_eps": 1e-2, "mid_block_scale_factor": 1.7},
+    "odd width": SMALL | {"block_out_channels": [9, 18], "norm_num_groups": 3, "attention_head_dim": 3},
     "gelu": SMALL | {"act_fn": "gelu"},
     "centred, sines first": SMALL
     | {"center_input_sample": True, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import specdef_jax as sd
 from specdef_jax.curvature.narrow import narrow_floats
 from specdef_jax.errors import ConfigError, ProblemError, StructureError
 from specdef_jax.models import unet, unet_params
 from specdef_jax.models.unet_config import UNetConfig
 from specdef_jax.models.unet_layers import convolve
-from tests.models.helpers_unet import CONFIG, CONFIGS, SMALL, fixture, inputs, perturbed, reference
+from tests.models.helpers_unet import CONFIG, CONFIGS, DATA, SMALL, fixture, inputs, perturbed, reference
 
 apply = jax.jit(unet.apply, static_argnums=0, static_argnames="remat")
 
@@ -202,6 +203,17 @@ def test_training_in_bfloat16():
 def test_a_config_that_is_not_known_is_refused(change, words):
     with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
         UNetConfig.from_json(SMALL | change)
+
+
+def test_the_example_of_the_module_runs(monkeypatch, capsys):
+    monkeypatch.chdir(DATA.parents[2])
+    code = [line[4:] for line in unet.__doc__.splitlines() if line.startswith("    ")]
+    names = {}
+    exec("\n".join(code), names)
+    assert 0 < float(capsys.readouterr().out) < 1e-4
+    assert names["image"].shape == names["latents"].shape
+    assert sum(isinstance(leaf, sd.Deformed) for leaf in names["gradient"].values()) == 4
+    assert unet.bound(CONFIG) is names["unet"].bound(names["config"])
 
 
 def test_harmless_fields_are_not_refused():
