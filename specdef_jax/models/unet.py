@@ -45,9 +45,18 @@ from specdef_jax.models.unet_layers import (
     resnet,
     upsample,
 )
-from specdef_jax.models.unet_params import from_checkpoint, gauge_pairs, init, layout, shapes, to_checkpoint
+from specdef_jax.models.unet_params import (
+    RULES,
+    from_checkpoint,
+    gauge_pairs,
+    init,
+    layout,
+    shapes,
+    to_checkpoint,
+)
 
 __all__ = [
+    "RULES",
     "Config",
     "apply",
     "bound",

@@ -23,6 +23,22 @@ Shape = tuple[int, ...]
 _ORDER: dict[int, Shape] = {2: (1, 0), 4: (2, 3, 1, 0)}
 _BACK: dict[int, Shape] = {2: (1, 0), 4: (3, 2, 0, 1)}
 
+# What the axes of a leaf count, for laying it out on a mesh: between the two maps of attention, of GEGLU and
+# of a ResNet block each device may hold features of its own ("heads", "mlp"); "embed" is what goes on from
+# block to block. Leaves that no rule names are small.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"attn[12]\.to_[qkv]\.weight", ("embed", "heads")),
+    (r"attn[12]\.to_out\.0\.weight", ("heads", "embed")),
+    (r"ff\.net\.0\.proj\.weight", ("embed", "mlp")),
+    (r"ff\.net\.0\.proj\.bias", ("mlp",)),
+    (r"ff\.net\.2\.weight", ("mlp", "embed")),
+    (r"resnets\.\d+\.conv1\.weight", (None, None, "embed", "mlp")),
+    (r"resnets\.\d+\.time_emb_proj\.weight", (None, "mlp")),
+    (r"resnets\.\d+\.(conv1\.bias|time_emb_proj\.bias|norm2\.weight|norm2\.bias)", ("mlp",)),
+    (r"resnets\.\d+\.conv2\.weight", (None, None, "mlp", "embed")),
+    (r"(conv_shortcut|samplers\.0\.conv)\.weight", (None, None, None, "embed")),
+)
+
 
 def from_checkpoint(config: UNetConfig, tensors: Mapping[str, Any], dtype: Any = None) -> Params:
     """Return parameters from the tensors of a checkpoint, arrays or Deformed leaves in PyTorch's layout.
