@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdef_jax.errors import ConfigError
-from specdef_jax.models import gpt_oss, llama, sharding
+from specdef_jax.models import diffusion, gpt_oss, llama, sharding, unet
 from specdef_jax.models.decoder import gauge_pairs
 from specdef_jax.models.linear import linear
 from specdef_jax.models.pairing import deform_pairs
@@ -26,12 +26,14 @@ __all__ = [
     "Architecture",
     "architecture",
     "deform_pairs",
+    "diffusion",
     "gauge_pairs",
     "gpt_oss",
     "linear",
     "llama",
     "sharding",
     "stack_layers",
+    "unet",
     "unstack_layers",
 ]
 
@@ -59,9 +61,14 @@ class Architecture:
 
 _BY_NAME = {
     name: Architecture(
-        module.Config.from_json, module.shapes, module.layout, module.apply, module.loss, module.generate
+        module.Config.from_json,
+        module.shapes,
+        module.layout,
+        module.apply,
+        module.loss,
+        getattr(module, "generate", None),
     )
-    for name, module in (("llama", llama), ("gpt_oss", gpt_oss))
+    for name, module in (("llama", llama), ("gpt_oss", gpt_oss), ("UNet2DConditionModel", unet))
 }
 
 
