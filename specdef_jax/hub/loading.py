@@ -123,7 +123,7 @@ def _put(
     dtype: Any,
     place: Place | None,
 ) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         here = tuple(index[order.index(i)] for i in range(len(order)))
         return np.ascontiguousarray(stored.part(here).transpose(order)).astype(dtype)
 
