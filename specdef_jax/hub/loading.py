@@ -55,6 +55,7 @@ def load(directory: Path | str, dtype: Any = None, *, place: Place | None = None
     Args:
       directory: stock or deformed.
       dtype: of every parameter; None keeps what is stored, and turns MXFP4 into that of the embeddings.
+        A deformed pair is not stored narrower than it was, as that would cost the function its accuracy.
       place: place(name, shape) -> sharding of each parameter (models.sharding.placement); None puts them on
         the default device.
 
@@ -80,7 +81,9 @@ def load(directory: Path | str, dtype: Any = None, *, place: Place | None = None
     _check_names(shards, set(expected), held)
     params = {}
     for name, shape in expected.items():
-        to = dtype or _stored_dtype(shards, name, quantized)
+        to = _stored_dtype(shards, name, quantized)
+        if dtype is not None:  # a rounding of a pair is amplified by alpha (THEORY.md 1.2)
+            to = jnp.promote_types(to, dtype) if name in records else dtype
         stored = _stored(shards, name, to, quantized)
         order = model.layout(name, len(stored.shape))
         if tuple(stored.shape[i] for i in order) != shape:

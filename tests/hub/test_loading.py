@@ -75,6 +75,9 @@ def test_deformed_directories_compute_the_same(tmp_path: Path, name, placement):
     layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
     assert len(pairs) == (4 * layers if placement == "insert" else 0)
     assert all(pair.axes.inputs == (0,) and pair.axes.outputs == (1,) for pair in pairs)
+    for leaf in hub.load(tmp_path / "out", jnp.bfloat16).params.values():
+        kept = isinstance(leaf, Deformed)
+        assert all(x.dtype == (jnp.float32 if kept else jnp.bfloat16) for x in jax.tree.leaves(leaf))
 
 
 def test_inserted_experts_are_loaded_as_stacks_of_pairs(tmp_path: Path):
