@@ -53,6 +53,7 @@ def test_numbers_are_those_of_the_committed_results():
         sys.path.pop(0)
     section = README.split(readme.START)[1].split(readme.END)[0]
     assert section.strip() == readme.measured().strip()
+    assert (ROOT / "docs" / "optimizers.md").read_text() == readme.page()
 
 
 def test_the_commands_for_checkpoints_run_as_written(tmp_path, monkeypatch):
