@@ -374,8 +374,8 @@ def _orders(key: PRNGKeyArray) -> list[Certificate]:
     """G does not grow with alpha; the bound grows as alpha^2 / c, what (d) promises alone as alpha."""
     setting, _, _, _ = _perceptron(key)
     rho, R, gap, c = 1.0, 0.1, 0.05, 0.5
-    alphas = np.logspace(1, 6, 6)
-    constants = _constants_of(setting, jnp.asarray(alphas), rho, R)
+    alphas = jnp.logspace(1, 6, 6)
+    constants = _constants_of(setting, alphas, rho, R)
     G = np.asarray(constants.gradient)
     conditional = bounds.below_floor_steps(gap, constants.gradient, 2 * c / alphas**2, R)
     alone = bounds.confined_steps(0.5, c, constants.lipschitz * c * constants.gradient / alphas**2)
