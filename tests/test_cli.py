@@ -364,11 +364,14 @@ def test_certify_exits_1_when_a_certificate_failed(
 
 def test_progress_is_a_line_now_and_then_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(console, "_LOG_EVERY", 0.0)
+    clock = iter((0.0, 1.0, 2.0, 6.0))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.reporting() as report:
         report("reading", 0, 0)
-        report("writing", 1, 2)
+        report("writing", 0, 4)
+        report("writing", 1, 4)
     printed = capsys.readouterr()
-    assert printed.err.splitlines() == ["reading ...", "writing: 1 of 2"]
+    assert printed.err.splitlines() == ["reading ...", "writing: 0 of 4", "writing: 1 of 4, about 12 s left"]
     assert printed.out == ""
 
 
