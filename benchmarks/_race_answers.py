@@ -55,8 +55,8 @@ ANSWERS: tuple[Answer, ...] = (
         "Under clipping, warmup, decay and minibatch noise?",
         ("k = 1", "clip 1", "clip 0.1", "warmup 50", "decay 0.01", "batch 32"),
         "Each against alpha 1 under the same switch. Clipping takes away part of gradient descent's "
-        "slowdown, and hides explosions (notebook 04); the others leave a slowdown of the same order, and"
-        " noise is no help to the attacker.",
+        "slowdown: step sizes that would ruin a run stay usable (notebook 04). The others leave a "
+        "slowdown of the same order, and noise is no help to the attacker.",
         lambda t: (
             max(t.ratio(f"clip {c}", "sgd").high for c in (1, 0.1)) < t.ratio("k = 1", "sgd").low
             and t.ratio("batch 32", "sgd").low > 10

@@ -150,11 +150,12 @@ for name in SECOND:
     print(f"{name:>14}: {ratios[name]} times the gradients at alpha = {ALPHAS[-1]:g}")
 
 # %% [markdown]
-# ## Clipping hides explosions
+# ## What clipping changes
 #
-# The same step size, far too large for the deformed network. Without clipping the loss explodes and the run
-# is counted as diverged. With the gradient clipped it wanders: no explosion to detect, and, often, no
-# arrival either. A table that clips must say so.
+# The same step size, far beyond $2/\lambda_1$ of the deformed network. Plain gradient descent is thrown onto
+# a plateau, its units saturated, and stays there: nothing non-finite for a detector of divergence to see.
+# With the gradient clipped the same step size trains. So clipping gives the attacker step sizes that are
+# lost without it, and a table that clips must say so.
 
 # %%
 one = deformed(ALPHAS[-1])[:1]
@@ -188,7 +189,14 @@ for i, name in enumerate(capped.names):
         continue
     x = np.concatenate([[1], found.steps, [capped.cap]])
     y = np.concatenate([[1], found.share, found.share[-1:]])
-    ax.step(x, y, where="post", color=f"C{i}", label=f"{name}: median {found.median:.0f}")
+    median = f"median {found.median:.0f}" if found.median > 0 else "no median"
+    ax.step(
+        x,
+        y,
+        where="post",
+        color=f"C{i}",
+        label=f"{name}: {median}",
+    )
 ax.axhline(0.5, color="k", lw=0.6)
 ax.set(xscale="log", xlabel="steps", ylabel="share still above the target", ylim=(-0.03, 1.05))
 ax.legend(frameon=False, fontsize=9)

@@ -1,7 +1,7 @@
 """Clipping, warmup and decay around any optimizer of a race.
 
-They change what a race can see. Clipping bounds every step, so that a step size beyond stability no longer
-explodes: a run that would have diverged wanders and may come back.
+They change what a race can see. Clipping bounds every step, so that step sizes beyond stability neither
+explode nor throw a run onto a plateau: some that would be lost are usable, and a divergence is not seen.
 """
 
 from __future__ import annotations
