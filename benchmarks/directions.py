@@ -93,7 +93,7 @@ def _raced(problems: list[Problem], task: Task, config: dict[str, Any]) -> dict[
     """Race all seeds of one arm, and look along the best SGD run of each."""
     grid = np.asarray(config["step_sizes"])
     result = race.run_problems(
-        problems, OPTIMIZERS, sample=Partial(_all_of_it, *task.args), steps=config["steps"], step_sizes=grid,
+        problems, OPTIMIZERS, sample=race.full_batch(*task.args), steps=config["steps"], step_sizes=grid,
         target=config["target"], prune=True, lanes=1,
     )  # fmt: skip
     best = result.best_index("sgd")
@@ -306,10 +306,6 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['network']:12} {row['arm']:12} share {row['share']:<5} alpha {np.median(row['alphas']):8.1f}  "
         f"sharpness {np.median(row['sharpness']):9.3g}  {told}  ({row['seconds']:.0f} s)"
     )
-
-
-def _all_of_it(*args_and_key: Any) -> tuple[Any, ...]:
-    return args_and_key[:-1]
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def _row(result: RaceResult, name: str) -> dict[str, Any]:
         "diverged": result.diverged(name),
         "recovered": result.recovered(name),
         "median": result.survival(name).median,
-        "least_spent": result._least_spent(name).tolist(),
+        "least_spent": result.least_spent(name).tolist(),
         "grid": grid.tolist(),
         "step_seconds": float(result.step_seconds[result.index(name)]),
         "seconds": result.seconds,

@@ -33,22 +33,40 @@ class KFac:
         return optax.chain(kfac(1.0, damping=self.damping), optax.scale(-1.0), self.factory(step_size))
 
 
+def diagonal(params: PyTree) -> PyTree:
+    """Return D: s_i on row i of what multiplies the weight from the right, 1 / s_i on its column i of M.
+
+    s_i is the norm of that row, its singular value once its rows are orthogonal. 1 for other leaves.
+    """
+
+    def visit(leaf: Any) -> Any:
+        if not isinstance(leaf, Deformed):
+            return jax.tree.map(lambda x: jnp.ones((), x.dtype), leaf)
+        s = jnp.linalg.norm(right_of(leaf), axis=-1)[..., None]
+        ones = jnp.ones_like(leaf.axes.to_matrix(leaf.weight, leaf.side))
+        return placed(leaf, ones / jnp.swapaxes(s, -1, -2), jnp.broadcast_to(s, leaf.comp.shape))
+
+    return jax.tree.map(visit, params, is_leaf=is_structured)
+
+
 @dataclass(frozen=True)
 class Rescaled:
     """An optimizer in the coordinates theta / D, D a diagonal read off the parameters that it is started on.
 
     Attributes:
       factory: step_size -> optax transformation.
+      read: params -> D, a function of its own, so that equal ones compile once.
     """
 
     factory: Factory
+    read: Callable[[PyTree], PyTree] = diagonal
 
     def __call__(self, step_size: Array | float) -> optax.GradientTransformation:
         """Return the transformation at a step size."""
         inner = optax.with_extra_args_support(self.factory(step_size))
 
         def init(params: PyTree) -> RescaledState:
-            D = diagonal(params)
+            D = self.read(params)
             return RescaledState(inner.init(_divide(params, D)), D)
 
         def update(
@@ -68,22 +86,6 @@ class RescaledState(NamedTuple):
 
     inner: PyTree
     D: PyTree
-
-
-def diagonal(params: PyTree) -> PyTree:
-    """Return D: s_i on row i of what multiplies the weight from the right, 1 / s_i on its column i of M.
-
-    s_i is the norm of that row, its singular value once its rows are orthogonal. 1 for other leaves.
-    """
-
-    def visit(leaf: Any) -> Any:
-        if not isinstance(leaf, Deformed):
-            return jax.tree.map(lambda x: jnp.ones((), x.dtype), leaf)
-        s = jnp.linalg.norm(right_of(leaf), axis=-1)[..., None]
-        ones = jnp.ones_like(leaf.axes.to_matrix(leaf.weight, leaf.side))
-        return placed(leaf, ones / jnp.swapaxes(s, -1, -2), jnp.broadcast_to(s, leaf.comp.shape))
-
-    return jax.tree.map(visit, params, is_leaf=is_structured)
 
 
 def right_of(pair: Deformed) -> Float[Array, "*stack d d"]:
@@ -114,9 +116,14 @@ def _product(hvp: Callable[[PyTree], PyTree], D: PyTree) -> Callable[[PyTree], P
     return lambda tangent: _multiply(hvp(_multiply(tangent, D)), D)
 
 
-# value and value_fn are not: the loss is the same at theta and at theta / D, whatever theta (THEORY.md 2.1).
+def _value(value_fn: Callable[[PyTree], Array], D: PyTree) -> Callable[[PyTree], Array]:
+    return lambda params: value_fn(_multiply(params, D))
+
+
 _CONVERTED: dict[str, Callable[[Any, PyTree], Any]] = {
     "grad": _multiply,
     "hvp": _product,
     "gnvp": _product,
+    "value_fn": _value,
+    "obj_fn": _value,
 }

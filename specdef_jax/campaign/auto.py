@@ -16,7 +16,7 @@ import jax
 
 from specdef_jax.attacks import ATTACKS, Attack, Bill, Knowledge
 from specdef_jax.campaign.defence import Defence
-from specdef_jax.campaign.relative import Relative
+from specdef_jax.campaign.relative import relative
 from specdef_jax.campaign.setting import Setting
 from specdef_jax.errors import SpecDefError
 from specdef_jax.parametrization import Problem, is_structured, merge, problem
@@ -148,7 +148,7 @@ def _ensemble(
     """Give what to try, cheapest first; what does not apply is written into the trials."""
     yield "as released", Knowledge.BLACK_BOX, 0.0, direct, _same, None
     if defence.change is None:
-        yield "relative steps", Knowledge.WEIGHTS, 0.0, direct, Relative, None
+        yield "relative steps", Knowledge.WEIGHTS, 0.0, direct, relative, None
     made: list[Attack] = []
     for name, make in attacks.items():
         try:

@@ -1,50 +1,29 @@
-"""Steps relative to the size of what they move: an optimizer that no rescaling of channels is seen by."""
+"""Steps relative to the size of what they move: an optimizer that no rescaling of channels is seen by.
+
+Rescaled as w -> d w, a gradient becomes g / d, and d^2 w^2 g / d = d (w^2 g): multiplied by the squared size
+of what it moves, a step is rescaled as the parameter is.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PyTree
 
+from specdef_jax.attacks.rescaling import Rescaled
 from specdef_jax.race.runs import Factory
 
 SWEEPS = 60
 
 
-@dataclass(frozen=True)
-class Relative:
-    """An optimizer whose gradient is multiplied by the squared sizes of what it moves.
+def relative(factory: Factory) -> Rescaled:
+    """Return the optimizer in coordinates in which all parameters had one size at the start."""
+    return Rescaled(factory, sizes)
 
-    Rescaled as w -> d w, a gradient becomes g / d, and d^2 w^2 g / d = d (w^2 g): the step is rescaled as the
-    parameter is. Held fixed at the start, so that it is one diagonal preconditioner.
 
-    Attributes:
-      factory: step_size -> optax transformation.
-    """
-
-    factory: Factory
-
-    def __call__(self, step_size: Array | float) -> optax.GradientTransformation:
-        """Return the transformation at a step size."""
-        inner = optax.with_extra_args_support(self.factory(step_size))
-
-        def init(params: PyTree) -> tuple[PyTree, PyTree]:
-            return jax.tree.map(_root, params), inner.init(params)
-
-        def update(
-            updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
-        ) -> tuple[PyTree, Any]:
-            root, held = state
-            # the inner optimizer sees coordinates in which the parameters have one size
-            seen = jax.tree.map(jnp.multiply, root, updates)
-            moved, held = inner.update(seen, held, params, **extra)
-            return jax.tree.map(jnp.multiply, root, moved), (root, held)
-
-        return optax.GradientTransformationExtraArgs(init, update)
+def sizes(params: PyTree) -> PyTree:
+    """Return the size of every entry."""
+    return jax.tree.map(_root, params)
 
 
 def _root(leaf: Array) -> Array:

@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 
 from specdef_jax.race import mesh as on_mesh
 from specdef_jax.race import runner
+from specdef_jax.race.pacing import FIRST, paced
 from specdef_jax.race.runs import Factory, Progress, Results, Runs
 
 Report = Callable[[int, int], None]  # report(done, total), over all optimizers
 Count = Callable[[int], None]  # count(done), of one optimizer
 
-VISIT_SECONDS = 0.5
 LANES = (1, 16)
 SMALL = 1 << 22  # bytes of parameters whose lanes fit any machine
 
@@ -148,7 +148,7 @@ def _compile(runs: Runs, factory: Factory, eval_every: int, lanes: int) -> tuple
 def _drive(runs: Runs, compiled: tuple, count: Count) -> Progress:
     """Advance until all runs are done, visiting the host about twice a second."""
     begin, move = compiled
-    state, iterations = begin(runs), 16
+    state, iterations = begin(runs), FIRST
     total = int(runs.count)
     while True:
         clock = time.perf_counter()
@@ -157,8 +157,7 @@ def _drive(runs: Runs, compiled: tuple, count: Count) -> Progress:
         count(done)
         if done >= total:
             return jax.block_until_ready(state)
-        elapsed = max(time.perf_counter() - clock, 1e-6)
-        iterations = int(min(max(iterations * VISIT_SECONDS / elapsed, 1), 4 * iterations))
+        iterations = paced(iterations, time.perf_counter() - clock)
 
 
 _PROBED: dict[Any, int] = {}

@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from specdef_jax.race import runner
+from specdef_jax.race.pacing import FIRST, paced
 from specdef_jax.race.runs import Factory, Progress, Runs
 
-VISIT_SECONDS = 0.5
 OWN = ("problem", "seed", "keys", "step_sizes", "targets", "count", "best")  # fields that differ by device
 
 
@@ -61,7 +61,7 @@ class Spread:
 
     def drive(self, report: Callable[[int], None] | None) -> list[Progress]:
         """Advance until all runs are done; return the final state of every device, as numpy arrays."""
-        state, iterations = self._start(self._own, self._common), 16
+        state, iterations = self._start(self._own, self._common), FIRST
         while True:
             clock = time.perf_counter()
             state, done = self._advance(state, self._own, self._common, iterations)
@@ -70,8 +70,7 @@ class Spread:
             if int(done) >= self._total:
                 break
             # Processes must agree on the number of visits, not on the work between two of them.
-            elapsed = max(time.perf_counter() - clock, 1e-6)
-            iterations = int(min(max(iterations * VISIT_SECONDS / elapsed, 1), 4 * iterations))
+            iterations = paced(iterations, time.perf_counter() - clock)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         kept = (state.results, state.stepped)
         results, stepped = jax.jit(lambda x: x, out_shardings=everywhere)(kept)

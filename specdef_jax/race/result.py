@@ -164,10 +164,10 @@ class RaceResult:
         if unit != "evaluations":
             raise SpecError(f"unit = {unit!r}: count 'steps' or 'evaluations'.")
         return {
-            n: ratio_of_means(self.gradients(n), baseline.gradients(n), self._least_spent(n)) for n in shared
+            n: ratio_of_means(self.gradients(n), baseline.gradients(n), self.least_spent(n)) for n in shared
         }
 
-    def _least_spent(self, name: str) -> Float[np.ndarray, "seeds"]:
+    def least_spent(self, name: str) -> Float[np.ndarray, "seeds"]:
         """Return what a seed without a crossing needs at least: what the cheapest of its full runs spent."""
         i = self.index(name)
         full = self.outcome[i] == Outcome.CENSORED

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 import specdef_jax as sd
 from specdef_jax import attacks, campaign, race
 from specdef_jax.attacks import Knowledge
-from specdef_jax.campaign.relative import Relative
+from specdef_jax.campaign.relative import relative
 from specdef_jax.campaign.setting import Setting
 from specdef_jax.errors import ProblemError, SelectionError
 
@@ -140,7 +140,7 @@ def test_rescaled_channels_are_undone_by_relative_steps():
     assert (found.cheapest.attack, found.cheapest.knowledge) == ("relative steps", Knowledge.WEIGHTS)
     # the preconditioned run does not see the channels at all
     plain, other = (
-        race.replay(p, Relative(race.sgd), 0.01, 50, sample=race.full_batch(X, Y), key=KEY)
+        race.replay(p, relative(race.sgd), 0.01, 50, sample=race.full_batch(X, Y), key=KEY)
         for p in (campaign.of_tree(loss, network()).problem(X, Y), one.problem(X, Y))
     )
     bare = {"w1": other["w1"] / scales, "b1": other["b1"] / scales, "w2": other["w2"] * scales[:, None]}
