@@ -24,7 +24,8 @@ from specdef_jax.race.runs import Factory, Progress, Results, Runs
 Report = Callable[[int, int], None]  # report(done, total), over all optimizers
 Count = Callable[[int], None]  # count(done), of one optimizer
 
-LANES = (1, 16)
+WIDEST = 16  # lanes
+TURNS = 4  # runs that a lane should see: with fewer, lanes wait idle for the last to arrive
 SMALL = 1 << 22  # bytes of parameters whose lanes fit any machine
 
 
@@ -126,15 +127,13 @@ def cores() -> int:
 def _share(runs: Runs, share: np.ndarray, width: int) -> Runs:
     """Take some of the runs, padded to a common width so that all shares compile once."""
     padded = np.resize(share, width)
-    return replace(
-        runs,
-        problem=runs.problem[padded],
-        seed=runs.seed[padded],
-        keys=runs.keys[padded],
-        step_sizes=runs.step_sizes[padded],
-        targets=runs.targets[padded],
-        count=jnp.asarray(len(share)),
-    )
+    columns = {name: getattr(runs, name) for name in ("problem", "seed", "keys", "step_sizes", "targets")}
+    return replace(runs, **_rows(columns, padded), count=jnp.asarray(len(share)))
+
+
+@jax.jit
+def _rows(columns: Any, index: Any) -> Any:
+    return jax.tree.map(lambda x: x[index], columns)
 
 
 def _compile(runs: Runs, factory: Factory, eval_every: int, lanes: int) -> tuple:
@@ -177,14 +176,16 @@ def probe(runs: Runs, factory: Factory, eval_every: int, memory: float | None = 
         tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves((runs.problems, runs.eval_args))),
         memory,
     )
-    candidates = [n for n in LANES if n <= runs.step_sizes.size]
-    if len(candidates) > 1 and signature not in _PROBED:
-        fitting = [n for n in candidates if n == 1 or _fits(runs, factory, eval_every, n, memory)]
-        speed = (
-            {n: _seconds_per_step(runs, factory, eval_every, n) for n in fitting} if fitting[1:] else {1: 0}
-        )
-        _PROBED[signature] = min(speed, key=speed.__getitem__)
-    return _PROBED[signature] if len(candidates) > 1 else candidates[0]
+    share = len(_shares(runs, 1)[0])
+    many = min(WIDEST, 1 << max(share // TURNS, 1).bit_length() - 1)
+    if many == 1:
+        return 1
+    if (many, signature) not in _PROBED:
+        speed = {1: 0.0}
+        if _fits(runs, factory, eval_every, many, memory):
+            speed = {n: _seconds_per_step(runs, factory, eval_every, n) for n in (1, many)}
+        _PROBED[many, signature] = min(speed, key=speed.__getitem__)
+    return _PROBED[many, signature]
 
 
 def _fits(runs: Runs, factory: Factory, eval_every: int, lanes: int, memory: float | None) -> bool:

@@ -55,28 +55,41 @@ def advance(
 ) -> Progress:
     """Advance every lane by up to `iterations` evaluations; stop early when all runs are done."""
 
+    def train(carry: tuple[Array, Progress]) -> tuple[Array, Progress]:
+        """Train until a run is over: a loop of its own, as a branch inside it would copy every parameter."""
+        iterate = functools.partial(_iterate, runs, factory, eval_every, carry[1].best)
+        if lanes > 1:
+            iterate = jax.vmap(iterate)
+
+        def go_on(carry: tuple[Array, Lane]) -> Array:
+            return (carry[0] < iterations) & ~jnp.any(carry[1].finished)
+
+        def body(carry: tuple[Array, Lane]) -> tuple[Array, Lane]:
+            return carry[0] + 1, iterate(carry[1])
+
+        i, moved = jax.lax.while_loop(go_on, body, (carry[0], _without_axis(carry[1].lanes, lanes)))
+        return i, _refill(runs, factory, lanes, replace(carry[1], lanes=_with_axis(moved, lanes)))
+
     def unfinished(carry: tuple[Array, Progress]) -> Array:
         i, progress = carry
         return (i < iterations) & (progress.done < runs.count)
 
-    def body(carry: tuple[Array, Progress]) -> tuple[Array, Progress]:
-        i, progress = carry
-        iterate = functools.partial(_iterate, runs, factory, eval_every, progress.best)
-        moved = _over_lanes(iterate, lanes)(progress.lanes)
-        progress = replace(progress, lanes=moved)
-        progress = jax.lax.cond(
-            jnp.any(moved.finished), functools.partial(_refill, runs, factory, lanes), lambda p: p, progress
-        )
-        return i + 1, progress
+    return jax.lax.while_loop(unfinished, train, (jnp.zeros_like(iterations), progress))[1]
 
-    return jax.lax.while_loop(unfinished, body, (jnp.zeros_like(iterations), progress))[1]
+
+def _without_axis(tree: PyTree, lanes: int) -> PyTree:
+    """Return a single lane without its axis: not batched, it is faster than a batch of one."""
+    return jax.tree.map(lambda x: x[0], tree) if lanes == 1 else tree
+
+
+def _with_axis(tree: PyTree, lanes: int) -> PyTree:
+    return jax.tree.map(lambda x: x[None], tree) if lanes == 1 else tree
 
 
 def _over_lanes(fn: Callable[[Any], Any], lanes: int) -> Callable[[Any], Any]:
-    """Map over lanes; a single lane is not batched, which is faster than a batch of one."""
     if lanes > 1:
         return jax.vmap(fn)
-    return lambda x: jax.tree.map(lambda y: y[None], fn(jax.tree.map(lambda y: y[0], x)))
+    return lambda x: _with_axis(fn(_without_axis(x, lanes)), lanes)
 
 
 def _enter(runs: Runs, factory: Factory, run: Array) -> Lane:
@@ -102,6 +115,7 @@ def _enter(runs: Runs, factory: Factory, run: Array) -> Lane:
         paid=unreached,
         finished=jnp.zeros((), bool),
         trace=jnp.full(runs.record_at.shape, jnp.nan, dtype),
+        slot=jnp.zeros((), jnp.int32),
     )
 
 
@@ -164,9 +178,7 @@ def _evaluate(runs: Runs, eval_every: int, best: Array, lane: Lane, value: Array
     share = jnp.clip((lane.metric - lane.targets) / (lane.metric - value), 0, 1)
     crossing = jnp.where(jnp.isfinite(share), lane.t - eval_every * (1 - share), lane.t)
     reached = crossed[-1]
-    slot = jnp.searchsorted(runs.record_at, lane.t)
-    slot = jnp.minimum(slot, runs.record_at.size - 1)
-    due = runs.record_at[slot] == lane.t
+    due = runs.record_at[lane.slot] == lane.t
     active = lane.run < runs.count
     dominated = lane.t >= best[lane.seed]
     spent_up = (lane.t + eval_every > runs.steps) | (lane.spent >= runs.evaluations)
@@ -182,7 +194,8 @@ def _evaluate(runs: Runs, eval_every: int, best: Array, lane: Lane, value: Array
         reached=jnp.where(crossed, crossing.astype(value.dtype), lane.reached),
         paid=jnp.where(crossed, lane.spent, lane.paid),
         finished=active & (reached | diverged | dominated | spent_up),
-        trace=lane.trace.at[slot].set(jnp.where(due, value, lane.trace[slot])),
+        trace=lane.trace.at[lane.slot].set(jnp.where(due, value, lane.trace[lane.slot])),
+        slot=jnp.minimum(lane.slot + due, runs.record_at.size - 1),
     )
 
 

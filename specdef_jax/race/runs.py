@@ -82,7 +82,11 @@ class Results:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lane:
-    """One run in flight. `run` is its index, or the number of runs when the lane is idle."""
+    """One run in flight.
+
+    `run` is its index, or the number of runs when the lane is idle; `slot` is where in `trace` the next
+    recorded loss belongs.
+    """
 
     run: Int[Array, "*lanes"]
     seed: Int[Array, "*lanes"]
@@ -100,6 +104,7 @@ class Lane:
     paid: Float[Array, "*lanes targets"]
     finished: Bool[Array, "*lanes"]
     trace: Float[Array, "*lanes records"]
+    slot: Int[Array, "*lanes"]
 
 
 @jax.tree_util.register_dataclass
