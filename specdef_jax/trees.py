@@ -48,6 +48,16 @@ def result_dtype(a: PyTree) -> jnp.dtype:
     return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(a)))
 
 
+def double(a: PyTree) -> PyTree:
+    """Return the tree with its floating leaves in float64; needs jax_enable_x64."""
+
+    def convert(leaf: Any) -> Array:
+        array = jnp.asarray(leaf)
+        return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+    return jax.tree.map(convert, a)
+
+
 def normal_like(key: PRNGKeyArray, a: PyTree) -> PyTree:
     """Draw a tree of independent standard normals with the structure, shapes, dtypes and shardings of `a`."""
     leaves, treedef = jax.tree.flatten(a)

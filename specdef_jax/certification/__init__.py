@@ -1,4 +1,4 @@
-"""Certify the embedded default: preservation, curvature, races and attacks in one results.json."""
+"""Certify a task: preservation, curvature, races and attacks in one results.json."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 
-from specdef_jax.certification import race_stage, stages
+from specdef_jax.certification import ledger_stage, race_stage, stages
 from specdef_jax.certification.config import Config
-from specdef_jax.certification.store import SCHEMA, Progress, dumps, loads, plain, staged
+from specdef_jax.certification.model_task import model_task
+from specdef_jax.certification.store import SCHEMA, Progress, dumps, fingerprint, loads, plain, staged
 from specdef_jax.certification.summary import summary_rows
 from specdef_jax.environment import describe
 from specdef_jax.errors import FileError
@@ -21,10 +22,11 @@ from specdef_jax.files import atomic_write_text
 from specdef_jax.report import render
 from specdef_jax.tasks import digits
 from specdef_jax.tasks.networks import mlp
+from specdef_jax.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Certification", "Config", "Progress", "certify", "load_results"]
+__all__ = ["Certification", "Config", "Progress", "certify", "load_results", "model_task"]
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,17 @@ def certify(
     out: Path | str | None = None,
     config: Config | None = None,
     *,
+    task: Task | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Certification:
-    """Certify an MLP on handwritten digits, attacked by fine-tuning to a shifted labelling.
+    """Certify a task, by default an MLP on handwritten digits attacked by fine-tuning to other labels.
 
     Args:
       out: directory for results.json, report.html and finished stages, from which a rerun with the
-        same config and commit resumes; None keeps everything in memory.
+        same task, config and commit resumes; None keeps everything in memory.
       config: settings; None for the default ones (two minutes on two cores).
+      task: networks of your own and an attack on them, in float64 (model_task makes one of a checkpoint).
       fresh: ignore finished stages.
       progress: progress(stage, done, total).
 
@@ -90,16 +94,13 @@ def certify(
         _prepare(out)
     tell = progress or (lambda stage, done, total: None)
     with jax.enable_x64(True):
-        tell("pretraining", 0, 1)
-        task = _task(config, 0)
-        tell("pretraining", 1, 1)
-        keep = functools.partial(staged, out, config, fresh=fresh)
-        results = {
-            "task": keep("task", lambda: stages.task_facts(task, config)),
-            "preservation": keep("preservation", lambda: stages.preserved(task, config, tell)),
-            "curvature": keep("curvature", lambda: stages.curved(task, config, tell)),
-            "race": race_stage.raced(task, _task(config, config.seeds), config, tell, keep),
-        }
+        if task is None:
+            tell("pretraining", 0, 1)
+            task, others = _task(config, 0), _task(config, config.seeds)
+            tell("pretraining", 1, 1)
+            results = _stages(task, others, config, out, fresh, tell)
+        else:
+            results = _stages(task, None, config, out, fresh, tell)
     header = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -111,6 +112,24 @@ def certify(
         certification.to_json(out / "results.json")
         certification.to_html(out / "report.html")
     return certification
+
+
+def _stages(
+    task: Task, others: Task | None, config: Config, out: Path | None, fresh: bool, tell: Progress
+) -> dict[str, Any]:
+    keep = functools.partial(staged, out, fingerprint(config, task), fresh=fresh)
+    results = {
+        "task": keep("task", lambda: stages.task_facts(task, config)),
+        "preservation": keep("preservation", lambda: stages.preserved(task, config, tell)),
+        "curvature": keep("curvature", lambda: stages.curved(task, config, tell)),
+        "race": race_stage.raced(task, others, config, tell, keep),
+    }
+    if task.released is not None:
+        results["released"] = keep("released", lambda: stages.released(task, config))
+    if config.ledger:
+        folder = None if out is None else out / "state" / "ledger"
+        results["ledger"] = keep("ledger", lambda: ledger_stage.accounted(task, config, tell, folder))
+    return results
 
 
 def load_results(path: Path | str) -> Certification:
@@ -133,7 +152,7 @@ def load_results(path: Path | str) -> Certification:
     return Certification(results)
 
 
-def _task(config: Config, first_seed: int) -> Any:
+def _task(config: Config, first_seed: int) -> Task:
     return digits.task(
         config.seeds,
         first_seed=config.seed + first_seed,

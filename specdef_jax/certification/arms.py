@@ -14,7 +14,7 @@ from specdef_jax import attacks, curvature, race
 from specdef_jax.certification.config import Config
 from specdef_jax.parametrization import Problem, problem
 from specdef_jax.spec import Plan, SpecDef
-from specdef_jax.specdef import apply_plan, plan
+from specdef_jax.specdef import apply_plan
 from specdef_jax.tasks.task import Task
 
 SHARPNESS_TOL = 1e-5
@@ -48,7 +48,7 @@ def sharpness(task: Problem, args: tuple[Any, ...], key: PRNGKeyArray) -> float:
 def plans_for(task: Task, config: Config, directions: str) -> list[Plan]:
     """Plan every network at alpha = 1; arms change alpha only."""
     spec = SpecDef(alpha=1.0, k=config.k, directions=directions)  # type: ignore[arg-type]
-    return [plan(p, spec, where=task.where, key=jax.random.key(config.seed)) for p in task.networks]
+    return [task.plan(spec, jax.random.key(config.seed), i) for i in range(len(task.networks))]
 
 
 def deformed_arm(name: str, label: str, task: Task, plans: list[Plan], alphas: tuple[float, ...]) -> Arm:

@@ -9,19 +9,21 @@ from specdef_jax.errors import SpecError
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a certification of the embedded default.
+    """Settings of a certification.
 
     Attributes:
       size: name of the preset these settings came from.
-      seeds: pretrained networks.
+      seeds: pretrained networks of the embedded default.
       alphas: deformations raced with top directions, ascending, starting at 1.
       matched: the alpha whose sharpness bottom directions and the scalar control are given.
       k: directions per layer.
-      widths: layer widths of the MLP.
-      examples: size of the attacker's data set.
-      target: attacker's loss to reach, in nats.
+      widths: layer widths of the embedded MLP.
+      examples: size of its attacker's data set.
+      target: loss that its attacker has to reach, in nats; other tasks bring their own.
       steps: cap on steps of a run.
       decades, per_decade: grid of step sizes around 2 / lambda_max as measured.
+      refine: how close the neighbours of the best step size shall be, as a factor, in the ledger.
+      ledger: whether to race every attack there is, beside fuse, freeze and inject.
       error_alphas: alphas at which preservation is measured, in each number format.
       eigenvalues: how many leading eigenvalues the spectra show.
       seed: of every random choice.
@@ -38,6 +40,8 @@ class Config:
     steps: int = 1500
     decades: float = 7.0
     per_decade: int = 2
+    refine: float = 2.0
+    ledger: bool = False
     error_alphas: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 8192.0, 65536.0)
     eigenvalues: int = 12
     seed: int = 0
@@ -51,7 +55,7 @@ class Config:
 
     @classmethod
     def preset(cls, size: str) -> Config:
-        """Return the settings called "smoke" (tests), "default" or "full".
+        """Return the settings called "smoke" (tests), "default", "full", or "model" (a checkpoint).
 
         Raises:
           SpecError: no such preset.
@@ -71,6 +75,17 @@ class Config:
                 eigenvalues=4,
             ),
             "default": cls(),
+            "model": cls(
+                size="model",
+                seeds=1,
+                alphas=(1.0, 4.0, 16.0),
+                matched=16.0,
+                steps=400,
+                decades=5.0,
+                per_decade=1,
+                ledger=True,
+                error_alphas=(1.0, 16.0, 256.0, 4096.0),
+            ),
             "full": cls(
                 size="full",
                 seeds=10,

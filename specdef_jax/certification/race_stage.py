@@ -22,12 +22,12 @@ from specdef_jax.specdef import apply_plan
 from specdef_jax.tasks.task import Task
 
 
-def raced(task: Task, others: Task, config: Config, progress: Progress, keep: Keep) -> dict[str, Any]:
+def raced(task: Task, others: Task | None, config: Config, progress: Progress, keep: Keep) -> dict[str, Any]:
     """Race every arm and compare (THEORY.md 3.3, 5.1 to 5.3).
 
     Args:
       task: the networks.
-      others: the same task from disjoint pretraining seeds, for the null control.
+      others: the same task from disjoint pretraining seeds, for the null control; None if there are none.
       config: settings.
       progress: told after each arm.
       keep: keep(name, compute) -> result, stored so that an interrupted race resumes.
@@ -52,7 +52,7 @@ def _race_arm(build: Callable[[], arm.Arm], task: Task, config: Config, key: PRN
         sample=race.full_batch(*task.args),
         steps=config.steps,
         step_sizes=race.log_grid(center, decades=config.decades, per_decade=config.per_decade),
-        target=config.target,
+        target=task.target,
         key=key,
         prune=True,
         lanes=1,
@@ -61,7 +61,7 @@ def _race_arm(build: Callable[[], arm.Arm], task: Task, config: Config, key: PRN
 
 
 def _arms(
-    task: Task, others: Task, config: Config, key: PRNGKeyArray, progress: Progress, keep: Keep
+    task: Task, others: Task | None, config: Config, key: PRNGKeyArray, progress: Progress, keep: Keep
 ) -> dict[str, Callable[[], arm.Arm]]:
     """Say how to build each arm; bottom directions and the scalar control at the sharpness of top."""
     top, bottom = (arm.plans_for(task, config, d) for d in ("top", "bottom"))
@@ -95,11 +95,15 @@ def _arms(
         attack = getattr(attacks, name.split("_")[0])
         return arm.attack_arm(name, label, task, plans, alphas, attack)
 
-    return {
-        "original": lambda: arm.original_arm("original", "original", task),
-        "original_other_seeds": lambda: arm.original_arm(
+    made: dict[str, Callable[[], arm.Arm]] = {
+        "original": lambda: arm.original_arm("original", "original", task)
+    }
+    if others is not None:
+        made["original_other_seeds"] = lambda: arm.original_arm(
             "original_other_seeds", "original, other seeds", others
-        ),
+        )
+    return {
+        **made,
         **{f"top_{a:g}": deformed(a) for a in config.alphas},
         "bottom": lambda: arm.deformed_arm("bottom", "bottom, same sharpness", task, bottom, bottom_alphas),
         "scalar": lambda: arm.Arm(
@@ -153,6 +157,7 @@ def _ratios(rows: dict[str, Any], config: Config) -> list[dict[str, Any]]:
         {"arm": a, "baseline": b, "kind": kind, "optimizer": name}
         | asdict(race.ratio_of_means(_steps(rows[a], name), _steps(rows[b], name), config.steps))
         for a, b, kind in comparisons
+        if a in rows
         for name in race.DEFAULT
     ]
 

@@ -19,7 +19,7 @@ from specdef_jax.parametrization import Problem, loss_on, problem
 from specdef_jax.precision import FORMATS, alpha_max
 from specdef_jax.preservation import bit_identical, preservation
 from specdef_jax.spec import SpecDef
-from specdef_jax.specdef import apply_plan, plan
+from specdef_jax.specdef import apply_plan
 from specdef_jax.subspace import Status
 from specdef_jax.tasks.task import Task
 from specdef_jax.words import Word
@@ -66,14 +66,14 @@ def preserved(task: Task, config: Config, progress: Progress) -> dict[str, Any]:
     for i, alpha in enumerate(config.error_alphas):
         progress("preservation", i, len(config.error_alphas) + 1)
         spec = SpecDef(alpha=alpha, k=config.k, budget=math.inf)
-        deformed = apply_plan(params, plan(params, spec, where=task.where, key=key))
+        deformed = apply_plan(params, task.plan(spec, key))
         certificate = preservation(task.apply, params, deformed, *task.inputs)
         rows += [asdict(f) | {"alpha": alpha} for f in certificate.formats]
     progress("preservation", len(config.error_alphas), len(config.error_alphas) + 1)
     bits = []
     for basis in ("axis", "rotated"):
         spec = SpecDef(alpha=BIT_ALPHA, k=config.k, basis=basis, budget=math.inf)
-        layers = plan(params, spec, where=task.where, key=key)
+        layers = task.plan(spec, key)
         reference = params if basis == "axis" else apply_plan(params, layers.with_alpha(1.0))
         for dtype in ("float64", "float32", "bfloat16"):
             same = bit_identical(task.apply, reference, apply_plan(params, layers), *task.inputs, dtype=dtype)
@@ -98,6 +98,14 @@ def preserved(task: Task, config: Config, progress: Progress) -> dict[str, Any]:
         "word": Word.PROVED,
         "holds": all(r["holds"] for r in rows) and all(b["identical"] for b in bits),
     }
+
+
+def released(task: Task, config: Config) -> dict[str, Any] | None:
+    """Measure what a deformation changes in the format the network is stored in, alpha by alpha."""
+    if task.released is None:
+        return None
+    layers = arm.plans_for(task, config, "top")[0]
+    return {"rows": [{"alpha": a} | task.released(layers.with_alpha(a)) for a in config.alphas]}
 
 
 def curved(task: Task, config: Config, progress: Progress) -> dict[str, Any]:

@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from specdef_jax import trees
 from specdef_jax.certification.config import Config
 from specdef_jax.environment import commit
 from specdef_jax.errors import FileError
 from specdef_jax.files import atomic_write_text
+from specdef_jax.select import as_selector
+from specdef_jax.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +30,30 @@ Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
 Keep = Callable[[str, Callable[[], Any]], Any]  # keep(name, compute) -> stored or computed result
 
 
-def fingerprint(config: Config) -> str:
-    """Return what a stored stage must have been computed with: config, code version, schema."""
-    text = json.dumps([asdict(config), commit(), SCHEMA, jax.__version__], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def fingerprint(config: Config, task: Task) -> str:
+    """Return what a stored stage must have been computed with: config, task, code version, schema."""
+    told = [task.name, task.description, as_selector(task.where).description, task.control, task.target]
+    text = json.dumps([asdict(config), told, commit(), SCHEMA, jax.__version__], sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    for name, leaf in trees.named_leaves((task.networks, task.args, task.inputs)):
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]
 
 
-def staged(out: Path | None, config: Config, name: str, compute: Callable[[], Any], *, fresh: bool) -> Any:
-    """Return a stage's result from the output directory, or compute and store it."""
+def staged(out: Path | None, key: str, name: str, compute: Callable[[], Any], *, fresh: bool) -> Any:
+    """Return a stage's result from the output directory, or compute and store it.
+
+    Args:
+      out: the directory; None stores nothing.
+      key: what the result must have been computed with (fingerprint).
+      name: of the stage.
+      compute: gives the result.
+      fresh: whether to compute it in any case.
+    """
     if out is None:
         return plain(compute())
     path = out / "state" / f"{name}.json"
-    key = fingerprint(config)
     if not fresh and path.exists():
         try:
             stored = json.loads(path.read_text())

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import tyro
 
-from specdef_jax import campaign, race
+from specdef_jax import campaign, race, trees
 from specdef_jax.campaign.ledger import DIRECT
 from specdef_jax.cli.checkpoint import fuse_directory
 from specdef_jax.cli.console import reporting, show_table
-from specdef_jax.cli.importing import arguments, double, imported, tree_of
+from specdef_jax.cli.importing import arguments, imported, tree_of
 from specdef_jax.errors import FileError, ProblemError
 from specdef_jax.files import atomic_write_text
 from specdef_jax.hub import axes_for, selector
@@ -108,7 +108,7 @@ def attack(
             if params is None or target is None:
                 raise ProblemError("a loss of your own needs --params and --target too.")
             function, utility = imported(loss), None
-            networks, args = (double(tree_of(params)),), double(arguments(data))
+            networks, args = (trees.double(tree_of(params)),), trees.double(arguments(data))
             where, axes, goal = selector(layers), axes_for(networks[0], layout), target
         released = [apply_plan(p, plan(p, spec, where=where, key=key, axes=axes)) for p in networks]
         setting = campaign.Setting(args, goal, {name: known[name] for name in optimizers}, steps, seed=seed)

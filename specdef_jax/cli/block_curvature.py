@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from specdef_jax import curvature
+from specdef_jax import curvature, trees
 from specdef_jax.cli.console import Report
-from specdef_jax.cli.importing import arguments, double, imported
+from specdef_jax.cli.importing import arguments, imported
 from specdef_jax.curvature.blocks import chosen
 from specdef_jax.errors import ProblemError
-from specdef_jax.trees import named_leaves
 
 COLUMNS = ("curvature", "residual", "products")
 PROBES, STEPS = 8, 80
@@ -41,9 +40,11 @@ def measure(
     """
     function = imported(loss)
     with jax.enable_x64(True):
-        params = double(params)
+        params = trees.double(params)
         args = arguments(data)
-        floats = [name for name, leaf in named_leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        floats = [
+            name for name, leaf in trees.named_leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
         names = chosen(params, where or floats)
         rows = {}
         for name, eigen in curvature.by_leaf(function, params, *args, key=key, where=names):

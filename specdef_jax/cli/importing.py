@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from specdef_jax import hub
@@ -57,13 +55,3 @@ def tree_of(source: str) -> PyTree:
         found = imported(source)
         return found() if callable(found) else found
     return hub.read_tree(Path(source)).params
-
-
-def double(tree: PyTree) -> PyTree:
-    """Return the tree with its floating leaves in float64."""
-
-    def convert(leaf: Any) -> jax.Array:
-        array = jnp.asarray(leaf)
-        return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-    return jax.tree.map(convert, tree)

@@ -14,9 +14,9 @@ import numpy as np
 import tyro
 from jaxtyping import PyTree
 
-from specdef_jax import curvature, hub, race
+from specdef_jax import curvature, hub, race, trees
 from specdef_jax.cli.console import Report, reporting, show_table
-from specdef_jax.cli.importing import arguments, double, imported, tree_of
+from specdef_jax.cli.importing import arguments, imported, tree_of
 from specdef_jax.errors import ProblemError
 from specdef_jax.files import atomic_write_text
 from specdef_jax.parametrization import Problem, problem
@@ -110,7 +110,7 @@ def run(
     with jax.enable_x64(in_double or jax.config.read("jax_enable_x64")), reporting() as report:
         params, args = tree_of(source), arguments(data)
         if in_double:
-            params, args = double(params), double(args)
+            params, args = trees.double(params), trees.double(args)
         else:
             params, args = jax.tree.map(jnp.asarray, (params, args))
         spec = SpecDef(1.0, k, basis, side, directions)

@@ -25,7 +25,7 @@ Report = Callable[[int, int], None]  # report(done, total), over all optimizers
 Count = Callable[[int], None]  # count(done), of one optimizer
 
 WIDEST = 16  # lanes
-TURNS = 4  # runs that a lane should see: with fewer, lanes wait idle for the last to arrive
+TURNS = 2  # runs that a lane should see: with fewer, lanes wait idle for the last to arrive
 SMALL = 1 << 22  # bytes of parameters whose lanes fit any machine
 
 

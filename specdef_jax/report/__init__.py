@@ -5,7 +5,18 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from specdef_jax.report import cards, notes, plots, plots_attacks, plots_race, svg, tables, tables_race, words
+from specdef_jax.report import (
+    cards,
+    notes,
+    plots,
+    plots_attacks,
+    plots_race,
+    svg,
+    tables,
+    tables_ledger,
+    tables_race,
+    words,
+)
 
 __all__ = ["hero_figure", "render"]
 
@@ -47,6 +58,7 @@ def render(results: dict[str, Any]) -> str:
         cards=cards,
         notes=notes,
         tables=tables,
+        tables_ledger=tables_ledger,
         tables_race=tables_race,
         words=words,
     )

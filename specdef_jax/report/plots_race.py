@@ -43,7 +43,7 @@ def curves(results: Results) -> str:
             panel.set_xlabel("step")
             panel.tick_params(labelleft=bool(panel is panels[0]))
             clean(panel, colours)
-        panels[0].set_ylabel("attacker’s loss (nats)")
+        panels[0].set_ylabel("attacker’s loss")
         panels[0].annotate(
             f"target {given(target)}",
             (1.1, target),

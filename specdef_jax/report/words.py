@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from specdef_jax.race import Ratio
 from specdef_jax.report import facts
 from specdef_jax.report.facts import Results
 from specdef_jax.report.numbers import (
@@ -14,6 +15,7 @@ from specdef_jax.report.numbers import (
     given,
     listed,
     multiple,
+    named,
     number,
     seconds,
 )
@@ -38,7 +40,8 @@ def headline(results: Results) -> str:
 def verdict(results: Results) -> list[str]:
     """Return the paragraphs at the head: preserved, sharper, slower and undone; then the control."""
     first = [_preserved(results), _sharper(results), _slower(results), _undone(results)]
-    return [" ".join(first), against_control(results)]
+    last = [of_the_ledger(results)] if results.get("ledger") else []
+    return [" ".join(first), *last, against_control(results)]
 
 
 def failures(results: Results) -> list[str]:
@@ -69,6 +72,27 @@ def against_control(results: Results) -> str:
         f"The sharpness of {alpha_is(facts.matched(results))} put on one bias slows {listed(said)}: "
         f"the paper’s top directions {listed(parts)}."
     )
+
+
+def of_the_ledger(results: Results) -> str:
+    """Say which attack is the strongest on each rung, and whether any takes more than seconds."""
+    found = results["ledger"]
+    entries = {e["attack"]: e for e in found["entries"]}
+    applied = [e for e in found["entries"] if e["bill"] is not None and not e["refused"]]
+    worst = max((e["bill"]["conversion_seconds"] for e in applied), default=math.nan)
+    said = []
+    for rung, attack in found["strongest"].items():
+        best = min(
+            (Ratio(**r) for r in entries[attack]["recovered"].values() if not r["censored"]),
+            key=lambda r: r.value,
+        )
+        said.append(
+            f"who knows {rung} needs {multiple(best.value)} the steps ({named(attack.replace('_', ' '))})"
+        )
+    start = f"Of {len(applied)} attacks that apply, none takes longer to prepare than {seconds(worst)}"
+    if not said:
+        return f"{start}; none reached the target."
+    return f"{start}; beside the original network, {listed(said)}."
 
 
 def against_bottom(results: Results) -> str:

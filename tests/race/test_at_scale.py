@@ -20,6 +20,7 @@ from specdef_jax.parametrization import Problem
 from specdef_jax.race import Outcome, store
 from specdef_jax.race.refinement import wanted
 from specdef_jax.race.result import CELLS
+from tests.processes import last_lines
 
 KEY = jax.random.key(5)
 GRID = (0.05, 0.3, 1.2)
@@ -85,6 +86,19 @@ def test_a_mesh_spreads_pruned_and_large_races():
     mesh = jax.make_mesh((4,), ("runs",), devices=jax.devices()[:4])
     alone, spread = raced(5, prune=True), raced(5, prune=True, mesh=mesh)
     np.testing.assert_array_equal(alone.steps("sgd"), spread.steps("sgd"))
+
+
+PROCESSES = textwrap.dedent("""
+    from tests.race.test_at_scale import raced
+
+    found = raced(mesh=jax.make_mesh((2,), ("runs",)), chunk=4)
+    print(found.crossings.tobytes().hex(), flush=True)
+""")
+
+
+def test_a_mesh_over_two_processes_changes_no_bit(whole):
+    for line in last_lines(PROCESSES):
+        assert line == whole.crossings.tobytes().hex()
 
 
 # ------------------------------------------------------------------------------------------- on disk

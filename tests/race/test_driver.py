@@ -329,4 +329,4 @@ def test_lanes_are_found_by_a_probe():
         value_of, {"x": jnp.asarray(1.3)}, {"table": from_table}, sample=nothing, steps=4,
         step_sizes=np.linspace(5, 6, 20), target=0.85, key=KEY,
     )  # fmt: skip
-    assert found.lanes in (1, 4)  # every lane sees several of the twenty runs
+    assert found.lanes in (1, 8)  # every lane sees two of the twenty runs
