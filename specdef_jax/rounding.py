@@ -35,7 +35,7 @@ def round_products(fn: Callable[..., PyTree], form: Format) -> Callable[..., PyT
     return rounded
 
 
-def _eval_rounded(jaxpr: Jaxpr, consts: Sequence[Array], args: Sequence[Array], form: Format) -> list[Any]:
+def _eval_rounded(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], form: Format) -> list[Any]:
     env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]

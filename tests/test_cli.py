@@ -346,7 +346,7 @@ def test_certify_exits_1_when_a_certificate_failed(
     seen = {}
 
     def certify(
-        out: Path, config: object, *, fresh: bool, progress: Callable[[str, int, int], None]
+        out: Path, config: object, *, task: object, fresh: bool, progress: Callable[[str, int, int], None]
     ) -> object:
         seen.update(out=out, config=config, fresh=fresh)
         progress("race", 1, 2)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specdef_jax import campaign, race
+from specdef_jax.attacks import ATTACKS
 from specdef_jax.certification import arms as arm
 from specdef_jax.certification.config import Config
 from specdef_jax.certification.store import Progress
@@ -35,8 +36,6 @@ def accounted(task: Task, config: Config, progress: Progress, folder: Path | Non
         seed=config.seed,
         folder=folder,
     )
-    book = campaign.ledger(
-        task.loss, released, setting, progress=lambda attack, done, total: progress(attack, done, total)
-    )
+    book = campaign.ledger(task.loss, released, setting, attacks=ATTACKS, progress=progress)
     strongest = {rung.label: entry.attack for rung, entry in book.strongest().items()}
     return {"alpha": alpha, "entries": [e.to_dict() for e in book.entries], "strongest": strongest}

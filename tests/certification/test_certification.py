@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,8 @@ import pytest
 import specdef_jax as sd
 from specdef_jax import certification
 from specdef_jax.certification import Config, certify, load_results, race_stage, stages, store
+from specdef_jax.tasks import digits
+from specdef_jax.tasks.networks import mlp
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +108,25 @@ def test_an_interrupt_leaves_finished_stages_and_no_results(tmp_path, monkeypatc
 
 
 def test_stored_stages_of_other_settings_are_not_used(tmp_path):
-    config = Config.preset("smoke")
-    first = store.staged(tmp_path, config, "x", lambda: [1.0, float("nan")], fresh=False)
+    first = store.staged(tmp_path, "key", "x", lambda: [1.0, float("nan")], fresh=False)
     assert first[0] == 1.0
-    assert store.staged(tmp_path, config, "x", lambda: [2.0], fresh=False)[0] == 1.0
-    assert store.staged(tmp_path, Config(), "x", lambda: [2.0], fresh=False) == [2.0]
+    assert store.staged(tmp_path, "key", "x", lambda: [2.0], fresh=False)[0] == 1.0
+    assert store.staged(tmp_path, "other", "x", lambda: [2.0], fresh=False) == [2.0]
+
+
+def test_a_stage_is_known_by_its_settings_and_its_task():
+    task = digits.task(1, examples=8, network=mlp((64, 4, 10)))
+    moved = replace(task, args=(task.args[0].at[0, 0].add(1e-3), task.args[1]))
+    config = Config.preset("smoke")
+    keys = [store.fingerprint(config, t) for t in (task, moved, replace(task, where="*/w"))]
+    assert len({*keys, store.fingerprint(Config(), task)}) == 4
+    assert store.fingerprint(config, digits.task(1, examples=8, network=mlp((64, 4, 10)))) == keys[0]
 
 
 def test_a_damaged_stage_is_computed_again(tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "x.json").write_text('{"fingerprint":')
-    assert store.staged(tmp_path, Config(), "x", lambda: 3, fresh=False) == 3
+    assert store.staged(tmp_path, "key", "x", lambda: 3, fresh=False) == 3
 
 
 def test_non_finite_numbers_survive_strict_json():
@@ -150,7 +161,7 @@ def test_configs_that_mean_nothing_are_refused():
         Config(alphas=(2.0, 4.0))
     with pytest.raises(sd.SpecError, match="one of the alphas"):
         Config(matched=3.0)
-    with pytest.raises(sd.SpecError, match="smoke, default, full"):
+    with pytest.raises(sd.SpecError, match="smoke, default, model, full"):
         Config.preset("huge")
 
 
