@@ -74,7 +74,7 @@ def rows_of(name: str, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for basis, directions in config["ways"]:
             release = _releases(task, placement, basis, directions)
             for state, after in (("released", lambda tree: tree), ("trained", trained)):
-                scored = {a: _scores(map(after, release(a)), placement) for a in config["alphas"]}
+                scored = {a: _scores(task, map(after, release(a)), placement) for a in config["alphas"]}
                 natural = _natural(task, placement, config["rank"], scored[1.0], after)
                 for alpha in config["alphas"]:
                     row = {
@@ -99,10 +99,16 @@ def _releases(task: Task, placement: str, basis: str, directions: str) -> Callab
             ]
 
         return gauged
-    plans = [sd.plan(p, spec, where="*/w", key=KEY) for p in task.networks]
+    plans = [sd.plan(p, spec, where=_kernels(task), key=KEY) for p in task.networks]
     return lambda alpha: [
         sd.apply_plan(p, q.with_alpha(alpha)) for p, q in zip(task.networks, plans, strict=True)
     ]
+
+
+def _kernels(task: Task) -> tuple[str, ...]:
+    """Return the kernels that can be deformed in one direction of several: a lone channel is only scaled."""
+    planned = sd.plan(task.networks[0], sd.SpecDef(1.0, 1), where="*/w", key=KEY)
+    return tuple(name for name, layer in planned.items() if layer.U.shape[-2] > 1)
 
 
 @functools.cache
@@ -126,10 +132,11 @@ def _trained(task: Task, training: dict[str, Any], released: PyTree) -> PyTree:
     return run(problem(task.loss, released, *task.args), task.args)
 
 
-def _scores(networks: Any, placement: str) -> list[Scores]:
+def _scores(task: Task, networks: Any, placement: str) -> list[Scores]:
     if placement == "gauge":
         return [attacks.detect(p, [GAUGE])[GAUGE.name] for p in networks]
-    return [s for p in networks for name, s in attacks.detect(p).items() if name.endswith("/w")]
+    names = _kernels(task)
+    return [scores[name] for scores in map(attacks.detect, networks) for name in names]
 
 
 def _natural(
@@ -143,14 +150,14 @@ def _natural(
     low = [trees.map_named(functools.partial(_low_rank, rank), p) for p in task.networks]
     found = {}
     for kind, networks in (("ordinary", list(task.networks)), ("low rank", low)):
-        kernels = _scores(map(after, networks), "insert")
+        kernels = _scores(task, map(after, networks), "insert")
         if placement == "gauge":
-            pairs = _scores(map(after, networks), "gauge")
+            pairs = _scores(task, map(after, networks), "gauge")
         elif kind == "ordinary":
             pairs = neutral
         else:
-            planned = [sd.deform(p, sd.SpecDef(1.0, 1), where="*/w", key=KEY) for p in networks]
-            pairs = _scores(map(after, planned), "insert")
+            inserted = [sd.deform(p, sd.SpecDef(1.0, 1), where=_kernels(task), key=KEY) for p in networks]
+            pairs = _scores(task, map(after, inserted), "insert")
         found[kind] = {"pair": pairs, "kernel": kernels}
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from specdef_jax.errors import SpecError
 from specdef_jax.layered_views import bind
