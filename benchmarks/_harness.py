@@ -73,3 +73,9 @@ def save(
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def machine(record: dict[str, Any]) -> str:
+    """Say on what a saved record was measured."""
+    found = record["environment"]
+    return f"{found['cpu_count']} cores of {found['processor']}, jax {found['packages']['jax']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks._harness import machine
 from benchmarks._race_answers import ANSWERS
 from benchmarks._race_words import Table, answered, grid, moved
 
@@ -29,7 +30,7 @@ def _headline(table: Table) -> list[str]:
         f"**Who is slowed.** Steps to {task['target']:g} nats over steps at alpha 1, each at the best step "
         f"size of each network; {task['seeds']} pretrained networks, full batch, at most {race['steps']} "
         "steps, float64. The scalar control, one output bias rescaled to the sharpness of the largest alpha, "
-        f"is over the original. ({minutes:.0f} minutes, {_machine_of(table.record)}.)",
+        f"is over the original. ({minutes:.0f} minutes, {machine(table.record)}.)",
         "",
         *grid(table, [*_alphas(table)[1:], *scalar]),
         "",

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks._attacks_page import attacks
+from benchmarks._harness import machine
 from benchmarks._race_page import page, races
 from specdef_jax.certification import load_results
 from specdef_jax.race import Ratio
@@ -39,6 +41,7 @@ def measured() -> str:
             certified(),
             races(),
             directions(),
+            attacks(),
             theory(),
             deformation(),
             checkpoints(),
@@ -63,7 +66,7 @@ def certified() -> str:
     worst = max(row["congruence_error"] for row in curvature)
     lines = [
         f"`make certify` ({task['seeds']} pretraining seeds, {task['parameters']} parameters, target "
-        f"{config['target']:g} nats, cap {config['steps']} steps; {_machine(results)}; "
+        f"{config['target']:g} nats, cap {config['steps']} steps; {machine(results)}; "
         f"{results['wall_seconds']:.0f} s after installation):",
         "",
         f"* Function at alpha {last['alpha']:g}: relative change of the logits {errors}.",
@@ -118,7 +121,7 @@ def directions() -> str:
     lines = [
         f"At equal sharpness (that of the top direction at alpha {config['matched_alpha']:g}), steps to the "
         f"target as a ratio to the top direction, SGD and Adam ({config['seeds']} seeds, cap "
-        f"{config['steps']} steps, {_machine(record)}):",
+        f"{config['steps']} steps, {machine(record)}):",
         "",
         "| | "
         + " | ".join(f"{network}, {o}" for network in config["networks"] for o in ("SGD", "Adam"))
@@ -153,7 +156,7 @@ def theory() -> str:
         if s["statement"] == "2.4" and c["kind"] == "refuted" and "violate" in c["note"]
     )
     return (
-        f"`python -m theory` ({record['wall_seconds']:.0f} s on {_machine(record)}): {_claims(record)}. "
+        f"`python -m theory` ({record['wall_seconds']:.0f} s on {machine(record)}): {_claims(record)}. "
         f"`--full` ({sum(s['seconds'] for s in whole['statements']):.0f} s of work): {_claims(whole)}. The "
         f"published bound on an off-diagonal "
         f"block, as literally read, is refuted: of {refuted['count']} matrices ({refuted['instance']}) "
@@ -183,7 +186,7 @@ def deformation() -> str:
         f"(power-law spectrum with a gap; Gaussian: {s['speedup_gaussian']:.0f} times), "
         f"residual {s['residual']:.1e}, {100 * s['energy']:.2f}% of the energy, "
         f"{s['ratio_to_bare']:.2f} times a bare script; ten such layers {s['ten_layers_seconds']:.1f} s "
-        f"({_machine(record)}).\n"
+        f"({machine(record)}).\n"
     )
 
 
@@ -191,7 +194,7 @@ def checkpoints() -> str:
     """Tell what deforming whole checkpoints takes."""
     record = json.loads((RESULTS / "checkpoint.json").read_text())
     lines = [
-        f"Checkpoints of random weights in real shapes ({_machine(record)}); the peer is `cp -r` and "
+        f"Checkpoints of random weights in real shapes ({machine(record)}); the peer is `cp -r` and "
         "sync, plus `sha256sum` of the output:",
         "",
         "| layout, placement | size | layers | stored | choosing, measuring | writing / peer | verify | "
@@ -221,7 +224,7 @@ def curvature() -> str:
     peers = [row["peer"] for row in record["rows"][0].get("torch", {}).get("rows", [])]
     lines = [
         f"Largest Hessian eigenvalue to a true relative residual of {record['config']['tol']:g}, seconds "
-        f"(products); float32, {_machine(record)}. A row's peers ran in turn with ours; those of PyTorch "
+        f"(products); float32, {machine(record)}. A row's peers ran in turn with ours; those of PyTorch "
         "after it, on the same numbers:",
         "",
         "| network, parameters | ours | scipy | matfree | " + " | ".join(peers) + " | product / model |",
@@ -311,11 +314,6 @@ def race_speed() -> str:
 def _ratio(row: dict[str, Any]) -> str:
     fields = ("value", "low", "high", "censored", "seeds")
     return str(Ratio(**{f: row[f] for f in fields})).replace(">=", "≥ ").replace("inf", "∞")
-
-
-def _machine(record: dict[str, Any]) -> str:
-    found = record["environment"]
-    return f"{found['cpu_count']} cores of {found['processor']}, jax {found['packages']['jax']}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from specdef_jax.race import mesh as on_mesh
 from specdef_jax.race import runner
 from specdef_jax.race.pacing import FIRST, paced
 from specdef_jax.race.runs import Factory, Progress, Results, Runs
+from specdef_jax.sharding import sharding_of
 
 Report = Callable[[int, int], None]  # report(done, total), over all optimizers
 Count = Callable[[int], None]  # count(done), of one optimizer
@@ -107,11 +108,14 @@ def _in_threads(
 def _shares(runs: Runs, lanes: int, mesh: Mesh | None = None) -> list[np.ndarray]:
     """Deal the runs out: one share per device of a mesh, or on CPUs per core, as a small program uses one.
 
-    Seeds stay whole, so that pruning sees all step sizes of a seed, and the middle of the grid runs
-    first, where the fastest runs are expected.
+    Parameters that lie on several devices are raced by one thread: two programs that wait for one another's
+    devices would stand still. Seeds stay whole, so that pruning sees all step sizes of a seed, and the middle
+    of the grid runs first, where the fastest runs are expected.
     """
     total = runs.step_sizes.size
-    count = mesh.size if mesh else max(1, min(cores(), np.unique(runs.seed).size, total // lanes))
+    spread = any(sharding_of(leaf) is not None for leaf in jax.tree.leaves(runs.problems))
+    threads = 1 if spread else min(cores(), np.unique(runs.seed).size, total // lanes)
+    count = mesh.size if mesh else max(1, threads)
     seed = np.asarray(runs.seed)
     steps = np.asarray(runs.step_sizes)
     rank = np.searchsorted(np.unique(steps), steps)

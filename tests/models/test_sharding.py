@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import specdef_jax as sd
-from specdef_jax import models
+from specdef_jax import models, race
 from specdef_jax.errors import StructureError
 from specdef_jax.models import sharding
 from specdef_jax.models.sharding import EXPERT_PARALLEL, FSDP, RULES, TENSOR_PARALLEL
-from specdef_jax.parametrization import Deformed, is_structured
+from specdef_jax.parametrization import Deformed, is_structured, problem
+from specdef_jax.race import inputs
 from specdef_jax.trees import named_leaves
 from tests.models.helpers_models import logits_of, small, tokens
 
@@ -112,6 +113,31 @@ def test_curvature_on_a_mesh(mesh):
         op = sd.curvature.restricted(sd.curvature.hessian(loss, given, tokens()), kept)
         values.append(float(top(op).values[0]))
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_a_race_on_a_mesh(mesh):
+    module, config, params = small("llama", vocab_size=64, num_hidden_layers=1)
+    plan = sd.plan(params, sd.SpecDef(alpha=4.0), where="*up_proj.weight", key=KEY)
+    laid = sharding.shard(params, mesh, TENSOR_PARALLEL)
+    loss = module.loss(config)
+    start = float(loss(params, tokens()))
+    found = []
+    for given in (params, laid):
+        deformed = [problem(loss, sd.apply_plan(given, plan), tokens())]
+        found.append(
+            race.run_problems(
+                deformed, {n: race.FIRST_ORDER[n] for n in ("sgd", "adam")}, orders=2, steps=20, key=KEY,
+                sample=race.minibatches(2, tokens()), eval_args=(tokens(),), target=0.9 * start,
+                step_sizes=(1e-3, 1e-2, 0.1),
+            )
+        )  # fmt: skip
+    stacked = inputs.stack(deformed).params["model.layers.0.mlp.up_proj.weight"]
+    assert stacked.weight.sharding.num_devices == 8
+    assert not stacked.weight.sharding.is_fully_replicated
+    alone, spread = found
+    assert np.isfinite(alone.crossings).sum() > 4
+    np.testing.assert_allclose(spread.crossings, alone.crossings, rtol=1e-8)
+    np.testing.assert_array_equal(spread.outcome, alone.outcome)
 
 
 def test_text_on_a_mesh(mesh):
