@@ -87,8 +87,9 @@ def measure(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "model": name, "what": what, "parameters": sd.trees.size(model.params),
-                "torch_seconds": times.a, "seconds": times.b, "ratio": times.ratio, "ratio_low": min(times.ratios),
-                "ratio_high": max(times.ratios), "deformed_over_plain": cost.ratio,
+                "torch_seconds": times.a, "seconds": times.b, "ratio": times.ratio,
+                "ratio_low": min(times.ratios), "ratio_high": max(times.ratios),
+                "deformed_over_plain": cost.ratio,
                 "difference": float(np.abs(a - b).max() / np.abs(b).max()),
             }
         )  # fmt: skip
