@@ -27,6 +27,7 @@ from benchmarks import _race_exponents as exponents
 from benchmarks import _race_figures as figures
 from benchmarks._harness import RESULTS, save
 from specdef_jax import race
+from specdef_jax.programs import free_when_many
 from specdef_jax.race import RaceResult
 from specdef_jax.tasks.task import Task
 
@@ -94,6 +95,7 @@ def table(task: Task, config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def rows_of(task: Task, arm: arms.Arm, config: dict[str, Any]) -> list[dict[str, Any]]:
     """Race every optimizer on one arm."""
+    free_when_many()
     problems, alphas = arms.problems_of(task, arm)
     sharp = arms.sharpness_of(problems, task)
     settings = dict(config["race"])

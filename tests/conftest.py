@@ -29,7 +29,7 @@ _tests_run = itertools.count(1)
 @pytest.fixture(autouse=True)
 def _room_for_programs() -> Iterator[None]:
     """Forget compiled programs before their memory maps run out; looking takes some milliseconds."""
-    from theory.programs import free_when_many  # after the hook: theory imports the package
+    from specdef_jax.programs import free_when_many  # after the hook: theory imports the package
 
     yield
     if next(_tests_run) % 20 == 0:

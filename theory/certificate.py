@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from specdef_jax.programs import free_when_many
 from specdef_jax.words import Word
-from theory.programs import free_when_many
 
 Kind = Literal["equality", "inequality", "tight", "refuted", "fit", "seen"]
 EQUALITY = 1e-10  # relative; what float64 leaves of an identity after a few hundred operations

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from theory.programs import free_when_many
+from specdef_jax.programs import free_when_many
 
 BATCH = 1_000  # what stays in a core's cache
 

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from specdef_jax import curvature, race
 from specdef_jax.errors import ProblemError
 from specdef_jax.parametrization import Problem
+from specdef_jax.programs import free_when_many
 from specdef_jax.race.result import RaceResult
 from specdef_jax.race.runs import Factory
 
@@ -45,6 +46,7 @@ class Setting:
 
     def run(self, problems: Sequence[Problem], optimizers: Mapping[str, Factory] | None = None) -> RaceResult:
         """Race problems of one structure, a problem per network."""
+        free_when_many()  # a campaign compiles thousands
         center = float(np.median([2 / self.sharpness(p) for p in problems]))
         return race.run_problems(
             problems,
