@@ -84,7 +84,7 @@ def test_timing_tells_a_slow_step_from_a_fast_one(released):
     attack = ATTACKS["fuse"](LOSS, released, *ARGS)
 
     def laboured(params, x, y):
-        slow = jax.lax.fori_loop(0, 3000, lambda i, m: jax.numpy.tanh(m @ m), jax.numpy.eye(30))
+        slow = jax.lax.fori_loop(0, 30_000, lambda i, m: jax.numpy.tanh(m @ m), jax.numpy.eye(30))
         return LOSS(params, x, y) + 0 * slow.sum()
 
     slow = attacks.Attack("slow", problem(laboured, PARAMS, *ARGS), attack.bill)

@@ -158,16 +158,15 @@ def test_a_linear_chain_is_read_back():
 def test_frontier_and_planner():
     specs = {
         "weak": (sd.SpecDef(2.0), "w1"),
-        "strong": (sd.SpecDef(12.0), "w1"),
-        "both layers": (sd.SpecDef(4.0), "w*"),
+        "strong, both layers": (sd.SpecDef(12.0), "w*"),
     }
     points = campaign.frontier(loss, network(), specs, setting(), key=KEY)
     by = {p.name: p for p in points}
-    assert by["weak"].verdict.resistance < by["strong"].verdict.resistance
-    assert all(p.price < 5 for p in points), "no attack costs more than seconds"
+    assert by["weak"].verdict.resistance < by["strong, both layers"].verdict.resistance
+    assert all(p.price < 60 for p in points), "no attack costs more than seconds"
     proposals = campaign.planner(
         loss, [network(s) for s in range(2)], "w1", setting(), steps=3000.0, dtype="float32", error=1e-3,
-        key=KEY, bases=("symmetric", "axis"), directions=("top",),
+        key=KEY, bases=("symmetric",), directions=("top", "bottom"),
     )  # fmt: skip
     assert [p.steps[1] for p in proposals] == sorted((p.steps[1] for p in proposals), reverse=True)
     for p in proposals:

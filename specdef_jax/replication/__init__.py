@@ -1,0 +1,84 @@
+"""The paper's experiments in miniature: what is withheld, who withstands, and what it takes to undo it."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from specdef_jax.certification.store import Progress, dumps, plain, staged
+from specdef_jax.environment import commit, describe
+from specdef_jax.errors import SpecError
+from specdef_jax.files import atomic_write_text
+from specdef_jax.replication import sections
+from specdef_jax.replication.config import Config
+from specdef_jax.replication.tables import page
+from specdef_jax.tasks import text
+from specdef_jax.tasks.experiment import Experiment
+
+__all__ = ["TASKS", "Config", "page", "replicate"]
+
+TASKS: dict[str, Callable[[str], Experiment]] = {
+    "text/llama": lambda size: text.text("llama", text.SIZES[size]),
+    "text/gpt_oss": lambda size: text.text("gpt_oss", text.SIZES[size]),
+}
+
+
+def replicate(
+    task: str,
+    size: str = "small",
+    out: Path | None = None,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run one experiment at one size: defences by step sizes, utility, optimizers, LoRA, attacks.
+
+    Args:
+      task: a name of TASKS.
+      size: "smoke", "small" or "full".
+      out: directory for results.json, tables.md and finished stages, from which a rerun resumes; None keeps
+        everything in memory.
+      fresh: ignore finished stages.
+      progress: progress(stage, done, total).
+
+    Raises:
+      SpecError: no such task or size.
+    """
+    if task not in TASKS:
+        raise SpecError(f"task {task!r}: must be one of {', '.join(TASKS)}.")
+    config = Config.preset(size)
+    tell = progress or (lambda stage, done, total: None)
+    key = hashlib.sha256(json.dumps([task, asdict(config), commit(), jax.__version__]).encode()).hexdigest()[
+        :16
+    ]
+    keep = functools.partial(staged, out, key, fresh=fresh)
+    tell("pretraining and unlearning", 0, 1)
+    experiment = TASKS[task](size)
+    tell("pretraining and unlearning", 1, 1)
+    folder = None if out is None else out / "state" / "races"
+    given = experiment, config, keep, tell, folder
+    results = {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": asdict(config),
+        "environment": describe(),
+        "task": keep("task", lambda: sections.facts(experiment)),
+        "matrix": sections.matrix(*given),
+        "utility": keep("utility", lambda: sections.utility(experiment, config)),
+        "optimizers": sections.optimizers(*given),
+        "lora": sections.adapters(*given),
+        "attacks": sections.attacks(*given),
+    }
+    results = plain(results)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(out / "results.json", dumps(results))
+        atomic_write_text(out / "tables.md", page(results))
+    return results

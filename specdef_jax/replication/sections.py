@@ -1,0 +1,174 @@
+"""The sections of a replication, each a function of experiment and config to plain JSON values."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from specdef_jax import race, trees
+from specdef_jax.attacks import ATTACKS, lora
+from specdef_jax.certification.store import Keep, Progress
+from specdef_jax.errors import SpecDefError
+from specdef_jax.layered import layered
+from specdef_jax.parametrization import Problem, is_structured
+from specdef_jax.race.runs import Factory
+from specdef_jax.replication import cells, rows
+from specdef_jax.replication.config import Config
+from specdef_jax.tasks.experiment import Experiment
+
+ALL = race.FIRST_ORDER | race.SECOND_ORDER
+FORMATS = ("float64", "float32", "bfloat16", "float16")
+
+
+def facts(experiment: Experiment) -> dict[str, Any]:
+    """Tell what every variant can do before any attack, and show samples of the first network."""
+    told = {}
+    for variant, networks in experiment.networks.items():
+        told[variant] = [
+            {
+                "judged": float(jax.jit(experiment.loss)(p, *experiment.judged_on)),
+                "capability": float(experiment.capability(p)),
+                "retained": float(experiment.retained(p)),
+            }
+            for p in networks
+        ]
+    samples = {}
+    if experiment.samples is not None:
+        samples = {variant: experiment.samples(n[0]) for variant, n in experiment.networks.items()}
+    return {
+        "name": experiment.name,
+        "description": experiment.description,
+        "parameters": trees.size(experiment.networks["known"][0]),
+        "seeds": experiment.seeds,
+        "capability": experiment.capability_name,
+        "defended": experiment.defended,
+        "targets": experiment.targets,
+        "variants": told,
+        "samples": samples,
+    }
+
+
+def matrix(
+    experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
+) -> dict[str, Any]:
+    """Race the attack on every defence at every step size."""
+    found, all_rows = {}, rows.rows(experiment, config)
+    for i, one in enumerate(all_rows):
+        tell("defences", i, len(all_rows))
+
+        def race_it(one: rows.Row = one) -> dict[str, Any]:
+            with jax.enable_x64(one.wide or jax.config.read("jax_enable_x64")):
+                problems = [one.make(j) for j in range(experiment.seeds)]
+                return cells.row(experiment, config, problems, folder)
+
+        found[one.name] = keep(f"row_{i}", race_it)
+    tell("defences", len(all_rows), len(all_rows))
+    return found
+
+
+def utility(experiment: Experiment, config: Config) -> list[dict[str, Any]]:
+    """Tell what deforming costs the retained domain, alpha by alpha and format by format."""
+    params = experiment.networks[experiment.defended][0]
+    told = []
+    for basis, alphas in (
+        ("symmetric", (*config.alphas, *config.wide_alphas)),
+        ("axis", (config.exact_alpha,)),
+    ):
+        for alpha in alphas:
+            with jax.enable_x64(True):
+                tree = rows.released(experiment, config, alpha, "top", 0, basis=basis, wide=True)
+                for name in FORMATS:
+                    before = _retained(experiment, params, name)
+                    after = _retained(experiment, tree, name)
+                    told.append(
+                        {"basis": basis, "alpha": alpha, "format": name, "before": before, "after": after}
+                    )
+    return told
+
+
+def optimizers(
+    experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
+) -> dict[str, Any]:
+    """Race optimizers on the defended variant without and with SpecDef, each at its best step size."""
+    found: dict[str, Any] = {}
+    for i, name in enumerate(config.optimizers):
+        tell("optimizers", i, len(config.optimizers))
+        for arm, problems in _arms(experiment, config).items():
+            one = functools.partial(cells.fastest, experiment, config, problems, {name: ALL[name]}, folder)
+            found.setdefault(arm, {})[name] = keep(f"optimizer_{name}_{arm}", one)
+    return found
+
+
+def adapters(
+    experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
+) -> dict[str, Any]:
+    """Race LoRA on the undefended variant, on the composites and on the factors of the pairs."""
+    found: dict[str, Any] = {}
+    for rank in config.ranks:
+        for arm, on in (("undefended", "composite"), ("SpecDef", "composite"), ("SpecDef", "factors")):
+            tell(f"LoRA {on}", 0, 1)
+            name = f"{arm}, {on}, rank {rank}"
+
+            def race_it(arm: str = arm, on: Any = on, rank: int = rank) -> dict[str, Any]:
+                made = [
+                    lora(experiment.loss, tree, *experiment.judged_on, rank=rank, on=on).problem
+                    for tree in _trees(experiment, config, arm)
+                ]
+                return cells.fastest(experiment, config, made, {"adam": race.FIRST_ORDER["adam"]}, folder)
+
+            found[name] = keep(f"lora_{arm}_{on}_{rank}", race_it)
+    return found
+
+
+def attacks(
+    experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
+) -> list[dict[str, Any]]:
+    """Race every attack on SpecDef, with its bill."""
+    told = []
+    trees_ = _trees(experiment, config, "SpecDef")
+    for i, name in enumerate(config.attacks):
+        tell("attacks", i, len(config.attacks))
+
+        def race_it(make: Any = ATTACKS[name]) -> dict[str, Any]:
+            try:
+                made = [make(experiment.loss, tree, *experiment.judged_on) for tree in trees_]
+                optimizer: Factory = made[0].optimizer(race.FIRST_ORDER["adam"])
+                found = cells.fastest(
+                    experiment, config, [m.problem for m in made], {"adam": optimizer}, folder
+                )
+            except SpecDefError as error:
+                return {"bill": None, "refused": str(error)}
+            bill = made[0].bill
+            return found | {"bill": asdict(bill) | {"knowledge": bill.knowledge.label}}
+
+        told.append({"attack": name} | keep(f"attack_{name}", race_it))
+    return told
+
+
+def _arms(experiment: Experiment, config: Config) -> dict[str, list[Problem]]:
+    seeds = range(experiment.seeds)
+    return {
+        "undefended": [rows.plain(experiment, experiment.defended, i) for i in seeds],
+        "SpecDef": [rows.deformed(experiment, config, config.optimizer_alpha, "top", i) for i in seeds],
+    }
+
+
+def _trees(experiment: Experiment, config: Config, arm: str) -> list[PyTree]:
+    if arm == "undefended":
+        return list(experiment.networks[experiment.defended])
+    return [
+        rows.released(experiment, config, config.optimizer_alpha, "top", i) for i in range(experiment.seeds)
+    ]
+
+
+def _retained(experiment: Experiment, params: PyTree, name: str) -> float:
+    """Return the retained loss with every weight rounded to a format, evaluated as it is released."""
+    cast = jax.tree.map(lambda x: jnp.asarray(x, name), params)
+    structured = any(map(is_structured, jax.tree.leaves(cast, is_leaf=is_structured)))
+    return float((layered(experiment.retained) if structured else experiment.retained)(cast))

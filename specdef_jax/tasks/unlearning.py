@@ -1,0 +1,161 @@
+"""Unlearning, the baselines: make a model forget a domain and keep the other, by training.
+
+Each takes and returns parameters of any model; what they need of it is a function of its own. Steps are
+Adam's, gradients clipped to norm 1, minibatches drawn with replacement.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+Objective = Callable[[PyTree, PyTree, Any, Any, PRNGKeyArray], Float[Array, ""]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: Adam's steps, their size, examples of each domain in a step."""
+
+    steps: int = 200
+    step_size: float = 1e-3
+    batch: int = 16
+
+
+def gradient_ascent(
+    loss: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    forget: Array,
+    retain: Array,
+    key: PRNGKeyArray,
+    schedule: Schedule,
+    *,
+    weight: float = 1.0,
+) -> PyTree:
+    """Ascend the loss of one domain, descend that of the other.
+
+    Args:
+      loss: loss(params, examples).
+      params: of the model that knows both.
+      forget: examples.
+      retain: examples.
+      key: of the minibatches.
+      schedule: of the training; ascent has no end of its own, so its steps decide.
+      weight: of the retained loss.
+
+    Source: Jang et al. 2023, arXiv 2210.01504; with the retained loss, Liu et al. 2022, arXiv 2203.12817.
+    """
+    return _trained(Partial(_ascent, Partial(loss), weight), params, forget, retain, key, schedule=schedule)
+
+
+def npo(
+    log_likelihood: Callable[[PyTree, Array], Float[Array, "batch"]],
+    loss: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    forget: Array,
+    retain: Array,
+    key: PRNGKeyArray,
+    schedule: Schedule,
+    *,
+    beta: float = 0.1,
+    weight: float = 1.0,
+) -> PyTree:
+    """Negative preference optimization: ascent that stops by itself where an example is unlikely enough.
+
+    Args:
+      log_likelihood: log_likelihood(params, examples), of each example.
+      loss: loss(params, examples), of the domain that is kept.
+      params: of the model that knows both; also the reference.
+      forget: examples.
+      retain: examples.
+      key: of the minibatches.
+      schedule: of the training.
+      beta: inverse temperature.
+      weight: of the retained loss.
+
+    Source: Zhang et al. 2024, arXiv 2404.05868, equation 3.
+    """
+    objective = Partial(_preference, Partial(log_likelihood), Partial(loss), beta, weight)
+    return _trained(objective, params, forget, retain, key, schedule=schedule)
+
+
+def rmu(
+    hidden: Callable[[PyTree, Array], Float[Array, "batch time n"]],
+    params: PyTree,
+    forget: Array,
+    retain: Array,
+    key: PRNGKeyArray,
+    schedule: Schedule,
+    *,
+    length: float | None = None,
+    weight: float = 10.0,
+) -> PyTree:
+    """Representation misdirection: what one domain looks like inside becomes one random direction.
+
+    Args:
+      hidden: hidden(params, examples), of some layer.
+      params: of the model that knows both; its hidden states on the retained domain are kept.
+      forget: examples.
+      retain: examples.
+      key: of the direction and the minibatches.
+      schedule: of the training.
+      length: of the direction; that of a hidden state of unit variance by default.
+      weight: of what is kept.
+
+    Source: Li et al. 2024, arXiv 2403.03218, section 5.
+    """
+    objective = Partial(_misdirection, Partial(hidden), length, weight)
+    return _trained(objective, params, forget, retain, key, schedule=schedule)
+
+
+def _ascent(loss: Partial, weight: float, params: PyTree, old: PyTree, f: Array, r: Array, key: Any) -> Array:
+    del old, key
+    return weight * loss(params, r) - loss(params, f)
+
+
+def _preference(
+    log_likelihood: Partial, loss: Partial, beta: float, weight: float,
+    params: PyTree, old: PyTree, f: Array, r: Array, key: Any,
+) -> Array:  # fmt: skip
+    del key
+    ratio = log_likelihood(params, f) - log_likelihood(old, f)
+    return weight * loss(params, r) + 2 / beta * jnp.mean(jax.nn.softplus(beta * ratio))
+
+
+def _misdirection(
+    hidden: Partial, length: float | None, weight: float,
+    params: PyTree, old: PyTree, f: Array, r: Array, key: PRNGKeyArray,
+) -> Array:  # fmt: skip
+    now = hidden(params, f)
+    direction = jax.random.uniform(key, now.shape[-1:], now.dtype)
+    size = now.shape[-1] ** 0.5 if length is None else length
+    away = size * direction / jnp.linalg.norm(direction)
+    kept = hidden(params, r) - hidden(old, r)
+    return jnp.mean(jnp.square(now - away)) + weight * jnp.mean(jnp.square(kept))
+
+
+@functools.partial(jax.jit, static_argnames="schedule")
+def _trained(
+    objective: Partial, params: PyTree, forget: Array, retain: Array, key: PRNGKeyArray, *, schedule: Schedule
+) -> PyTree:
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule.step_size))
+    of_the_run, of_batches = jax.random.split(key)
+
+    def step(t: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        now, state = carry
+        drawn = [
+            examples[jax.random.randint(jax.random.fold_in(k, t), (schedule.batch,), 0, len(examples))]
+            for k, examples in zip(jax.random.split(of_batches), (forget, retain), strict=True)
+        ]
+        slopes = jax.grad(objective)(now, params, *drawn, of_the_run)
+        updates, state = optimizer.update(slopes, state)
+        return optax.apply_updates(now, updates), state
+
+    return jax.lax.fori_loop(0, schedule.steps, step, (params, optimizer.init(params)))[0]
