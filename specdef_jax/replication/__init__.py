@@ -20,7 +20,7 @@ from specdef_jax.files import atomic_write_text
 from specdef_jax.replication import sections
 from specdef_jax.replication.config import Config
 from specdef_jax.replication.tables import page
-from specdef_jax.tasks import text
+from specdef_jax.tasks import text, vision
 from specdef_jax.tasks.experiment import Experiment
 
 __all__ = ["TASKS", "Config", "page", "replicate"]
@@ -28,6 +28,8 @@ __all__ = ["TASKS", "Config", "page", "replicate"]
 TASKS: dict[str, Callable[[str], Experiment]] = {
     "text/llama": lambda size: text.text("llama", text.SIZES[size]),
     "text/gpt_oss": lambda size: text.text("gpt_oss", text.SIZES[size]),
+    "vision/cnn": lambda size: vision.vision("cnn", vision.SIZES[size]),
+    "vision/vit": lambda size: vision.vision("vit", vision.SIZES[size]),
 }
 
 

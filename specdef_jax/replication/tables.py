@@ -23,8 +23,8 @@ def page(results: Results) -> str:
         task["description"],
         "",
         f"{task['seeds']} networks. Capability: {task['capability']}, held out. Perplexity is on the "
-        f"retained domain, held out; † marks where it grew more than {RUINED:g} times over that of the network "
-        "attacked. Ranges are over networks.",
+        f"retained domain, held out; † marks where it grew more than {RUINED:g} times over that of the "
+        "network attacked. Ranges are over networks.",
         "",
         *variants(results),
         *matrix(results),

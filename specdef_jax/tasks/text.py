@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from specdef_jax import trees
@@ -23,6 +23,7 @@ from specdef_jax.race import minibatches
 from specdef_jax.select import match
 from specdef_jax.tasks import prose, unlearning
 from specdef_jax.tasks.experiment import Experiment
+from specdef_jax.tasks.training import trained
 
 Architecture = Literal["llama", "gpt_oss"]
 _COMMON = {
@@ -144,29 +145,19 @@ def _config(architecture: Architecture, size: TextSize) -> Any:
     return gpt_oss.Config.from_json(_COMMON | sizes | own)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "config", "steps", "step_size", "batch"))
 def _pretrained(
-    module: Any, config: Any, steps: int, windows: Int[Array, "n length"], key: PRNGKeyArray,
-    *, step_size: float = 3e-3, batch: int = 32,
-) -> PyTree:  # fmt: skip
-    optimizer = optax.adam(optax.cosine_decay_schedule(step_size, steps))
+    module: Any, config: Any, steps: int, windows: Int[Array, "n length"], key: PRNGKeyArray
+) -> PyTree:
     of_weights, of_batches = jax.random.split(key)
-    params, loss = module.init(config, of_weights), module.loss(config)
-
-    def step(t: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        params, state = carry
-        rows = jax.random.randint(jax.random.fold_in(of_batches, t), (batch,), 0, len(windows))
-        updates, state = optimizer.update(jax.grad(loss)(params, windows[rows]), state)
-        return optax.apply_updates(params, updates), state
-
-    return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
+    params = module.init(config, of_weights)
+    return trained(Partial(module.loss(config)), params, (windows,), of_batches, steps=steps)
 
 
 def _unlearned(
     module: Any, config: Any, size: TextSize, data: prose.Prose, how: str, params: PyTree, key: PRNGKeyArray
 ) -> PyTree:
     loss, apply = module.loss(config), functools.partial(module.apply, config)
-    given = params, data.withheld, data.retained, key
+    given = params, (data.withheld,), (data.retained,), key
     few = unlearning.Schedule(size.unlearning, 5e-4)
     many = replace(few, steps=10 * size.unlearning, step_size=1e-3)
     if how == "ga":

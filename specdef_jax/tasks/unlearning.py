@@ -7,7 +7,7 @@ Adam's, gradients clipped to norm 1, minibatches drawn with replacement.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-Objective = Callable[[PyTree, PyTree, Any, Any, PRNGKeyArray], Float[Array, ""]]
+Examples = Sequence[Array]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Schedule:
 
 
 def gradient_ascent(
-    loss: Callable[[PyTree, Array], Array],
+    loss: Callable[..., Array],
     params: PyTree,
-    forget: Array,
-    retain: Array,
+    forget: Sequence[Array],
+    retain: Sequence[Array],
     key: PRNGKeyArray,
     schedule: Schedule,
     *,
@@ -42,10 +42,10 @@ def gradient_ascent(
     """Ascend the loss of one domain, descend that of the other.
 
     Args:
-      loss: loss(params, examples).
+      loss: loss(params, *examples).
       params: of the model that knows both.
-      forget: examples.
-      retain: examples.
+      forget: arrays of examples, one leading length.
+      retain: the same of what is kept.
       key: of the minibatches.
       schedule: of the training; ascent has no end of its own, so its steps decide.
       weight: of the retained loss.
@@ -56,11 +56,11 @@ def gradient_ascent(
 
 
 def npo(
-    log_likelihood: Callable[[PyTree, Array], Float[Array, "batch"]],
-    loss: Callable[[PyTree, Array], Array],
+    log_likelihood: Callable[..., Float[Array, "batch"]],
+    loss: Callable[..., Array],
     params: PyTree,
-    forget: Array,
-    retain: Array,
+    forget: Sequence[Array],
+    retain: Sequence[Array],
     key: PRNGKeyArray,
     schedule: Schedule,
     *,
@@ -70,11 +70,11 @@ def npo(
     """Negative preference optimization: ascent that stops by itself where an example is unlikely enough.
 
     Args:
-      log_likelihood: log_likelihood(params, examples), of each example.
-      loss: loss(params, examples), of the domain that is kept.
+      log_likelihood: log_likelihood(params, *examples), of each example.
+      loss: loss(params, *examples), of the domain that is kept.
       params: of the model that knows both; also the reference.
-      forget: examples.
-      retain: examples.
+      forget: arrays of examples, one leading length.
+      retain: the same of what is kept.
       key: of the minibatches.
       schedule: of the training.
       beta: inverse temperature.
@@ -87,10 +87,10 @@ def npo(
 
 
 def rmu(
-    hidden: Callable[[PyTree, Array], Float[Array, "batch time n"]],
+    hidden: Callable[..., Float[Array, "batch time n"]],
     params: PyTree,
-    forget: Array,
-    retain: Array,
+    forget: Sequence[Array],
+    retain: Sequence[Array],
     key: PRNGKeyArray,
     schedule: Schedule,
     *,
@@ -100,10 +100,10 @@ def rmu(
     """Representation misdirection: what one domain looks like inside becomes one random direction.
 
     Args:
-      hidden: hidden(params, examples), of some layer.
+      hidden: hidden(params, *examples), of some layer.
       params: of the model that knows both; its hidden states on the retained domain are kept.
-      forget: examples.
-      retain: examples.
+      forget: arrays of examples, one leading length.
+      retain: the same of what is kept.
       key: of the direction and the minibatches.
       schedule: of the training.
       length: of the direction; that of a hidden state of unit variance by default.
@@ -115,35 +115,43 @@ def rmu(
     return _trained(objective, params, forget, retain, key, schedule=schedule)
 
 
-def _ascent(loss: Partial, weight: float, params: PyTree, old: PyTree, f: Array, r: Array, key: Any) -> Array:
+def _ascent(
+    loss: Partial, weight: float, params: PyTree, old: PyTree, f: Examples, r: Examples, key: Any
+) -> Array:
     del old, key
-    return weight * loss(params, r) - loss(params, f)
+    return weight * loss(params, *r) - loss(params, *f)
 
 
 def _preference(
     log_likelihood: Partial, loss: Partial, beta: float, weight: float,
-    params: PyTree, old: PyTree, f: Array, r: Array, key: Any,
+    params: PyTree, old: PyTree, f: Examples, r: Examples, key: Any,
 ) -> Array:  # fmt: skip
     del key
-    ratio = log_likelihood(params, f) - log_likelihood(old, f)
-    return weight * loss(params, r) + 2 / beta * jnp.mean(jax.nn.softplus(beta * ratio))
+    ratio = log_likelihood(params, *f) - log_likelihood(old, *f)
+    return weight * loss(params, *r) + 2 / beta * jnp.mean(jax.nn.softplus(beta * ratio))
 
 
 def _misdirection(
     hidden: Partial, length: float | None, weight: float,
-    params: PyTree, old: PyTree, f: Array, r: Array, key: PRNGKeyArray,
+    params: PyTree, old: PyTree, f: Examples, r: Examples, key: PRNGKeyArray,
 ) -> Array:  # fmt: skip
-    now = hidden(params, f)
+    now = hidden(params, *f)
     direction = jax.random.uniform(key, now.shape[-1:], now.dtype)
     size = now.shape[-1] ** 0.5 if length is None else length
     away = size * direction / jnp.linalg.norm(direction)
-    kept = hidden(params, r) - hidden(old, r)
+    kept = hidden(params, *r) - hidden(old, *r)
     return jnp.mean(jnp.square(now - away)) + weight * jnp.mean(jnp.square(kept))
 
 
 @functools.partial(jax.jit, static_argnames="schedule")
 def _trained(
-    objective: Partial, params: PyTree, forget: Array, retain: Array, key: PRNGKeyArray, *, schedule: Schedule
+    objective: Partial,
+    params: PyTree,
+    forget: Examples,
+    retain: Examples,
+    key: PRNGKeyArray,
+    *,
+    schedule: Schedule,
 ) -> PyTree:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule.step_size))
     of_the_run, of_batches = jax.random.split(key)
@@ -151,7 +159,7 @@ def _trained(
     def step(t: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         now, state = carry
         drawn = [
-            examples[jax.random.randint(jax.random.fold_in(k, t), (schedule.batch,), 0, len(examples))]
+            _some(examples, jax.random.fold_in(k, t), schedule.batch)
             for k, examples in zip(jax.random.split(of_batches), (forget, retain), strict=True)
         ]
         slopes = jax.grad(objective)(now, params, *drawn, of_the_run)
@@ -159,3 +167,8 @@ def _trained(
         return optax.apply_updates(now, updates), state
 
     return jax.lax.fori_loop(0, schedule.steps, step, (params, optimizer.init(params)))[0]
+
+
+def _some(examples: Examples, key: PRNGKeyArray, batch: int) -> Examples:
+    rows = jax.random.randint(key, (batch,), 0, len(examples[0]))
+    return tuple(x[rows] for x in examples)
