@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
 from specdef_jax.report import (
@@ -11,12 +10,12 @@ from specdef_jax.report import (
     plots,
     plots_attacks,
     plots_race,
-    svg,
     tables,
     tables_ledger,
     tables_race,
     words,
 )
+from specdef_jax.report.pages import markup, rendered
 
 __all__ = ["hero_figure", "render"]
 
@@ -30,31 +29,18 @@ def render(results: dict[str, Any]) -> str:
     Raises:
       MissingExtra: jinja2 or matplotlib, of the extra `cli`, is not installed.
     """
-    try:
-        import jinja2
-        from markupsafe import Markup
-    except ImportError as error:
-        raise svg.missing("jinja2") from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = resources.files("specdef_jax.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     figures = {
-        # Made by matplotlib from numbers and escaped labels, so it goes in as it is.
-        name: Markup(draw(results))
-        for name, draw in (
-            ("preservation", plots.preservation),
-            ("curvature", plots.curvature),
-            ("curves", plots_race.curves),
-            ("slowdown", plots_race.slowdown),
-            ("equal_sharpness", plots_race.equal_sharpness),
-            ("attacks", plots_attacks.attacks),
-        )
+        "preservation": plots.preservation,
+        "curvature": plots.curvature,
+        "curves": plots_race.curves,
+        "slowdown": plots_race.slowdown,
+        "equal_sharpness": plots_race.equal_sharpness,
+        "attacks": plots_attacks.attacks,
     }
-    return environment.from_string(template).render(
+    return rendered(
+        "template.html.j2",
         results=results,
-        figures=figures,
-        colours=svg.COLOURS,
+        figures={name: markup(draw(results)) for name, draw in figures.items()},
         cards=cards,
         notes=notes,
         tables=tables,

@@ -104,9 +104,9 @@ def vision(architecture: Architecture, size: VisionSize, *, first_seed: int = 0)
         description=(
             f"{network.name} of {trees.size(known[0]):,} parameters, trained for {size.steps} steps on the "
             f"handwritten digits of scikit-learn without the digits from {WITHHELD} on. The attacker "
-            f"fine-tunes on {size.examples} images of these and {size.examples} of the others, {size.batch} a "
-            f"step, until the loss on held-out images of these falls to {MARGIN:g} nats above that of a network "
-            "that learned them."
+            f"fine-tunes on {size.examples} images of these and {size.examples} of the others, {size.batch} "
+            f"a step, until the loss on held-out images of these falls to {MARGIN:g} nats above that of a "
+            "network that learned them."
         ),
         networks=networks_,
         defended="ignorant",
