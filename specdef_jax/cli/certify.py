@@ -14,7 +14,8 @@ from specdef_jax.errors import ProblemError
 def certify(
     *,
     out: Path = Path("runs/certify"),
-    size: Literal["smoke", "default", "full"] = "default",
+    size: Literal["smoke", "small", "default", "full"] = "default",
+    task: str | None = None,
     model: Path | None = None,
     loss: str | None = None,
     data: str | None = None,
@@ -26,16 +27,19 @@ def certify(
     steps: int = 400,
     fresh: bool = False,
 ) -> int:
-    """Certify a network: preservation, curvature, races and attacks.
+    """Certify a network: preservation, curvature, races and attacks; or replicate an experiment of the paper.
 
     By default an MLP on handwritten digits. With --model a checkpoint (Llama, GPT-OSS, Stable Diffusion UNet)
     and your fine-tuning of it, in float64, so of a size that this machine can train; what deforming changes
     in the format it is stored in (divergence of the outputs, perplexity), and every attack with its bill,
-    come with it.
+    come with it. With --task one of the paper's experiments in miniature: text/llama, text/gpt_oss,
+    vision/cnn, vision/vit; defences by step sizes, utility, optimizers, LoRA, every attack.
 
     Args:
       out: directory for results.json and report.html; a rerun resumes from what is finished there.
-      size: of the default: "smoke" takes seconds, "default" minutes, "full" an hour.
+      size: "smoke" takes seconds, "default" minutes, "full" an hour; of a task "small" (the default) takes up
+        to 20 minutes, "full" hours.
+      task: name of an experiment.
       model: directory of config.json and safetensors files, like all that follows but the last.
       loss: module:function of your own, loss(params, *data) -> scalar, kernels (in, out); for a text model
         the cross-entropy of next tokens by default.
@@ -55,11 +59,17 @@ def certify(
     from specdef_jax.certification import Config, model_task
     from specdef_jax.certification import certify as run
 
-    config, task = Config.preset(size), None
+    if task is not None:
+        if model is not None:
+            raise ProblemError("--task and --model are two things to certify; give one of them.")
+        return _replicate(task, "small" if size == "default" else size, out, fresh)
+    if size == "small":
+        raise ProblemError("size small is for --task NAME; name it.")
+    config, mine = Config.preset(size), None
     if model is not None:
         if data is None:
             raise ProblemError("--model needs --data module:name, what the attacker fine-tunes on.")
-        task = model_task(
+        mine = model_task(
             model,
             arguments(data),
             None if loss is None else imported(loss),
@@ -75,7 +85,7 @@ def certify(
         certification = run(
             out,
             config,
-            task=task,
+            task=mine,
             fresh=fresh,
             progress=lambda stage, done, total: report(stage, done, total),
         )
@@ -84,3 +94,17 @@ def certify(
     show_table("certificates", columns, [[str(row[column]) for column in columns] for row in rows])
     print(f"report: {out / 'report.html'}")
     return 0 if certification.holds else 1
+
+
+def _replicate(task: str, size: str, out: Path, fresh: bool) -> int:
+    from specdef_jax.replication import replicate
+    from specdef_jax.replication.tables import matrix
+    from specdef_jax.replication.words import headline
+
+    with reporting() as report:
+        results = replicate(task, size, out, fresh=fresh, progress=report)
+    table = matrix(results)
+    show_table(table.caption, table.head, [[str(cell) for cell in row] for row in table.rows])
+    print(f"{headline(results)}.")
+    print(f"report: {out / 'report.html'}")
+    return 0

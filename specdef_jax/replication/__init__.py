@@ -19,11 +19,14 @@ from specdef_jax.errors import SpecError
 from specdef_jax.files import atomic_write_text
 from specdef_jax.replication import sections
 from specdef_jax.replication.config import Config
-from specdef_jax.replication.tables import page
+from specdef_jax.replication.figure import relearning
+from specdef_jax.replication.tables import every_table, page, reading, samples
+from specdef_jax.replication.words import headline
+from specdef_jax.report.pages import markup, rendered
 from specdef_jax.tasks import text, vision
 from specdef_jax.tasks.experiment import Experiment
 
-__all__ = ["TASKS", "Config", "page", "replicate"]
+__all__ = ["TASKS", "Config", "page", "render", "replicate"]
 
 TASKS: dict[str, Callable[[str], Experiment]] = {
     "text/llama": lambda size: text.text("llama", text.SIZES[size]),
@@ -38,6 +41,7 @@ def replicate(
     size: str = "small",
     out: Path | None = None,
     *,
+    config: Config | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -46,8 +50,9 @@ def replicate(
     Args:
       task: a name of TASKS.
       size: "smoke", "small" or "full".
-      out: directory for results.json, tables.md and finished stages, from which a rerun resumes; None keeps
-        everything in memory.
+      out: directory for results.json, tables.md, report.html and finished stages, from which a rerun
+        resumes; None keeps everything in memory.
+      config: of the races; by default that of the size.
       fresh: ignore finished stages.
       progress: progress(stage, done, total).
 
@@ -56,7 +61,7 @@ def replicate(
     """
     if task not in TASKS:
         raise SpecError(f"task {task!r}: must be one of {', '.join(TASKS)}.")
-    config = Config.preset(size)
+    config = Config.preset(size) if config is None else config
     tell = progress or (lambda stage, done, total: None)
     key = hashlib.sha256(json.dumps([task, asdict(config), commit(), jax.__version__]).encode()).hexdigest()[
         :16
@@ -83,4 +88,25 @@ def replicate(
         out.mkdir(parents=True, exist_ok=True)
         atomic_write_text(out / "results.json", dumps(results))
         atomic_write_text(out / "tables.md", page(results))
+        atomic_write_text(out / "report.html", render(results))
     return results
+
+
+def render(results: dict[str, Any]) -> str:
+    """Return the report as one HTML file that needs no network and runs no script.
+
+    Args:
+      results: as replicate returns them.
+
+    Raises:
+      MissingExtra: jinja2 or matplotlib, of the extra `cli`, is not installed.
+    """
+    return rendered(
+        "replication.html.j2",
+        results=results,
+        headline=headline(results),
+        reading=reading(results),
+        figure=markup(relearning(results)),
+        tables=every_table(results),
+        samples=samples(results),
+    )

@@ -1,4 +1,4 @@
-"""The tables of a replication as Markdown: medians over networks, ranges beside them, censoring marked."""
+"""The tables of a replication: medians over networks, ranges beside them, censoring marked."""
 
 from __future__ import annotations
 
@@ -9,35 +9,47 @@ from typing import Any
 import numpy as np
 
 from specdef_jax.race import Ratio, ratio_of_means
+from specdef_jax.report.tables import Table
 
 Results = dict[str, Any]
 RUINED = 2.0  # times the perplexity on the retained domain
 
 
 def page(results: Results) -> str:
-    """Return every table of a replication."""
+    """Return every table of a replication as Markdown."""
     task = results["task"]
-    lines = [
-        f"# {task['name']}",
-        "",
-        task["description"],
-        "",
-        f"{task['seeds']} networks. Capability: {task['capability']}, held out. Perplexity is on the "
-        f"retained domain, held out; † marks where it grew more than {RUINED:g} times over that of the "
-        "network attacked. Ranges are over networks.",
-        "",
-        *variants(results),
-        *matrix(results),
-        *utility(results),
-        *optimizers(results),
-        *adapters(results),
-        *attacks(results),
-        *samples(results),
-    ]
+    lines = [f"# {task['name']}", "", task["description"], "", reading(results), ""]
+    for table in every_table(results):
+        head = ["| " + " | ".join(table.head) + " |", "|" + "---|" * len(table.head)]
+        lines += [
+            f"## {table.caption}",
+            "",
+            *head,
+            *("| " + " | ".join(map(str, row)) + " |" for row in table.rows),
+            "",
+        ]
+    for variant, texts in samples(results).items():
+        lines += [f"{variant}:", "", "```text", *(repr(text) for text in texts), "```", ""]
     return "\n".join(lines)
 
 
-def variants(results: Results) -> list[str]:
+def reading(results: Results) -> str:
+    """Say how to read the tables."""
+    task = results["task"]
+    return (
+        f"{task['seeds']} networks. Capability: {task['capability']}, held out. Perplexity is on the "
+        f"retained domain, held out; † marks where it grew more than {RUINED:g} times over that of the "
+        "network attacked. Ranges are over networks."
+    )
+
+
+def every_table(results: Results) -> list[Table]:
+    """Return every table of a replication."""
+    made = (variants, matrix, utility, optimizers, adapters, attacks)
+    return [make(results) for make in made]
+
+
+def variants(results: Results) -> Table:
     """Tell what each network can do before any attack."""
     rows = [
         [
@@ -50,7 +62,7 @@ def variants(results: Results) -> list[str]:
     return _table("Before any attack", ("network", "capability", "perplexity"), rows)
 
 
-def matrix(results: Results) -> list[str]:
+def matrix(results: Results) -> Table:
     """Tell steps to the target, and the capability at the end, by defence and step size."""
     sizes = results["config"]["step_sizes"]
     rows = []
@@ -68,7 +80,7 @@ def matrix(results: Results) -> list[str]:
     )
 
 
-def utility(results: Results) -> list[str]:
+def utility(results: Results) -> Table:
     """Tell what deforming does to the perplexity on the retained domain, by alpha and format."""
     found = results["utility"]
     formats = list(dict.fromkeys(row["format"] for row in found))
@@ -79,7 +91,7 @@ def utility(results: Results) -> list[str]:
     return _table("Perplexity after deforming, over before", ("basis, alpha", *formats), rows)
 
 
-def optimizers(results: Results) -> list[str]:
+def optimizers(results: Results) -> Table:
     """Tell how each optimizer fares without and with the defence."""
     found, cap = results["optimizers"], results["config"]["steps"]
     rows = []
@@ -94,13 +106,13 @@ def optimizers(results: Results) -> list[str]:
     )
 
 
-def adapters(results: Results) -> list[str]:
+def adapters(results: Results) -> Table:
     """Tell how LoRA fares."""
     rows = [[name, _fastest(found, "adam")] for name, found in results["lora"].items()]
     return _table("LoRA with Adam: steps to the target", ("adapters", "steps"), rows)
 
 
-def attacks(results: Results) -> list[str]:
+def attacks(results: Results) -> Table:
     """Tell what every attack leaves of the defence and costs."""
     base, cap = results["optimizers"]["undefended"]["adam"], results["config"]["steps"]
     rows = []
@@ -123,20 +135,14 @@ def attacks(results: Results) -> list[str]:
     return _table("Attacks on SpecDef, with Adam", head, rows)
 
 
-def samples(results: Results) -> list[str]:
-    """Show what the first network of every variant makes of a prompt, where that is text."""
+def samples(results: Results) -> dict[str, list[str]]:
+    """Return what the first network of every variant makes of a prompt, where that is text."""
     found = results["task"]["samples"]
-    if not found or not all(isinstance(line, str) for lines in found.values() for line in lines):
-        return []
-    lines = ["## Samples", ""]
-    for variant, texts in found.items():
-        lines += [f"{variant}:", "", "```text", *(repr(text) for text in texts), "```", ""]
-    return lines
+    return {v: texts for v, texts in found.items() if all(isinstance(text, str) for text in texts)}
 
 
-def _table(title: str, head: Sequence[str], rows: list[list[str]]) -> list[str]:
-    body = ["| " + " | ".join(row) + " |" for row in rows]
-    return [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body, ""]
+def _table(title: str, head: Sequence[str], rows: list[list[str]]) -> Table:
+    return Table(title, tuple(head), rows)  # type: ignore[arg-type]
 
 
 def _cell(cell: dict[str, Any], start: list[dict[str, float]], results: Results) -> str:

@@ -26,7 +26,7 @@ from specdef_jax.tasks.training import trained
 Architecture = Literal["cnn", "vit"]
 WITHHELD = 8  # this digit and those above it
 MARGIN = 0.25
-Labelled = tuple[Float[Array, "n 64"], Int[Array, "n"]]
+Labelled = tuple[Float[Array, "_ 64"], Int[Array, "_"]]
 
 
 @dataclass(frozen=True)

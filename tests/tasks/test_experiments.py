@@ -1,0 +1,83 @@
+"""The experiments at the size of a test: what is withheld is withheld, and measures are what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specdef_jax import models
+from specdef_jax.models import gpt_oss, llama
+from specdef_jax.tasks import prose, text, vision
+
+TEXT, VISION = text.SIZES["smoke"], vision.SIZES["smoke"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single():
+    with jax.enable_x64(False):
+        yield
+
+
+def test_prose_is_two_domains_without_overlap():
+    data = prose.load(24, held=50)
+    for windows in (data.retained, data.retained_held, data.withheld, data.withheld_held):
+        assert windows.shape[1] == 24
+        assert 0 <= int(windows.min()) <= int(windows.max()) < prose.VOCABULARY
+    assert len(data.retained) > 5000
+    seen = {bytes(np.asarray(row, np.uint8)) for row in data.withheld}
+    held = [bytes(np.asarray(row, np.uint8)) for row in data.withheld_held]
+    assert np.mean([row in seen for row in held]) < 0.2  # white space and rulers come again
+    words = bytes(np.asarray(data.withheld, np.uint8).ravel())
+    assert words.count(b"ndarray") > 20 * bytes(np.asarray(data.retained, np.uint8).ravel()).count(b"ndarray")
+    assert prose.fingerprint() == prose.fingerprint()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_oss"])
+def test_a_text_experiment(architecture):
+    made = text.text(architecture, TEXT)
+    assert set(made.networks) == {"known", "ignorant", "ga", "npo", "rmu"}
+    assert made.seeds == TEXT.seeds == len(made.networks["rmu"])
+    known = made.networks["known"][0]
+    judged = float(made.loss(known, *made.judged_on))
+    assert made.targets[0] == pytest.approx(judged + TEXT.margin)
+    tokens = prose.load(TEXT.length).withheld_held
+    by_hand = np.mean(np.asarray(made.apply(known, tokens))[:, :-1].argmax(-1) == np.asarray(tokens)[:, 1:])
+    assert float(made.capability(known)) == pytest.approx(by_hand, abs=1e-6)
+    drawn = made.sample(jax.random.key(0))[0]
+    assert drawn.shape == (TEXT.batch, TEXT.length)
+    lines = made.samples(known)
+    assert [len(line) for line in lines] == [TEXT.length] * 2
+    assert lines[0].encode()[: TEXT.length // 2] == bytes(np.asarray(tokens[0, : TEXT.length // 2], np.uint8))
+
+
+@pytest.mark.parametrize("module", [llama, gpt_oss])
+def test_hidden_states_are_those_of_the_model(module):
+    """A model of one layer: its own head, put on the states that misdirection sees, gives its logits."""
+    config = text._config("llama" if module is llama else "gpt_oss", TEXT)
+    params = module.init(config, jax.random.key(0))
+    tokens = jnp.arange(12).reshape(1, 12)
+    states = text._hidden(module, config, params, tokens)
+    head = params["lm_head.weight"]
+    np.testing.assert_allclose(
+        models.linear(states * params["model.norm.weight"], head),
+        module.apply(config, params, tokens),
+        atol=1e-5,
+    )
+
+
+def test_a_vision_experiment_withholds_what_it_says():
+    made = vision.vision("cnn", VISION)
+    x, y = made.judged_on
+    assert int(y.min()) == vision.WITHHELD
+    ignorant, known = made.networks["ignorant"][0], made.networks["known"][0]
+    assert float(made.capability(ignorant)) < 0.05
+    assert float(made.retained(ignorant)) < float(made.loss(ignorant, x, y))
+    assert float(made.loss(known, x, y)) < float(made.loss(ignorant, x, y))
+    labels = np.concatenate([np.asarray(made.sample(jax.random.key(i))[1]) for i in range(40)])
+    assert 0.3 < np.mean(labels >= vision.WITHHELD) < 0.7
+
+
+def test_a_transformer_experiment_has_layers_to_deform():
+    made = vision.vision("vit", VISION)
+    assert made.networks["known"][0]["block_0_v"]["w"].shape == (VISION.dim, VISION.dim)
+    assert "8" in made.description
