@@ -36,6 +36,9 @@ def accounted(task: Task, config: Config, progress: Progress, folder: Path | Non
         seed=config.seed,
         folder=folder,
     )
-    book = campaign.ledger(task.loss, released, setting, attacks=ATTACKS, progress=progress)
+    book = campaign.ledger(
+        task.loss, released, setting, attacks=ATTACKS,
+        progress=lambda attack, done, total: progress(f"attacks: {attack}", done, total),
+    )  # fmt: skip
     strongest = {rung.label: entry.attack for rung, entry in book.strongest().items()}
     return {"alpha": alpha, "entries": [e.to_dict() for e in book.entries], "strongest": strongest}

@@ -46,6 +46,7 @@ def attack(
     seeds: int = 1,
     optimizers: tuple[str, ...] = ("sgd", "adam"),
     steps: int = 1000,
+    refine: float = 2.0,
     loss: str | None = None,
     params: str | None = None,
     data: str | None = None,
@@ -74,6 +75,7 @@ def attack(
       seeds: pretrained networks of the bundled task.
       optimizers: names to try.
       steps: cap on steps.
+      refine: how close the neighbours of the best step size shall be, as a factor.
       loss: module:function of your own, loss(params, *data) -> scalar.
       params: checkpoint, or module:name of a tree of arrays or of a function that returns one.
       data: module:name of a tuple of arrays, or of a function that returns one.
@@ -111,8 +113,12 @@ def attack(
             networks, args = (trees.double(tree_of(params)),), trees.double(arguments(data))
             where, axes, goal = selector(layers), axes_for(networks[0], layout), target
         released = [apply_plan(p, plan(p, spec, where=where, key=key, axes=axes)) for p in networks]
-        setting = campaign.Setting(args, goal, {name: known[name] for name in optimizers}, steps, seed=seed)
-        book = campaign.ledger(function, released, setting, utility=utility, progress=report)
+        chosen = {name: known[name] for name in optimizers}
+        setting = campaign.Setting(args, goal, chosen, steps, refine=refine, seed=seed)
+        book = campaign.ledger(
+            function, released, setting, utility=utility,
+            progress=lambda attack, done, total: report(f"attacks: {attack}", done, total),
+        )  # fmt: skip
     show_table(f"attacks at alpha {alpha:g}", _COLUMNS, [_cells(book, entry) for entry in book.entries])
     print(_headline(book))
     if write is not None:

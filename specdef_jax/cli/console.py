@@ -39,7 +39,10 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 
 @contextlib.contextmanager
 def reporting() -> Iterator[Report]:
-    """Give report(stage, done, total), drawn as bars; total 0 means that the end is not known."""
+    """Give report(stage, done, total), drawn as bars; total 0 means that the end is not known.
+
+    What follows a colon in a stage says what it is at: "attacks: fuse" goes on from "attacks: lora".
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _log_lines(console)
@@ -50,9 +53,10 @@ def reporting() -> Iterator[Report]:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total or None)
-            bars.update(tasks[stage], completed=done, total=total or None)
+            name = stage.partition(":")[0]
+            if name not in tasks:
+                tasks[name] = bars.add_task(stage, total=total or None)
+            bars.update(tasks[name], completed=done, total=total or None, description=stage)
 
         yield report
 
@@ -64,7 +68,7 @@ def _log_lines(console: Console) -> Report:
     def report(stage: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        begin = begun.setdefault(stage, now)
+        begin = begun.setdefault(stage.partition(":")[0], now)
         if now - last >= _LOG_EVERY:
             last = now
             left = f", about {(now - begin) * (total - done) / done:.0f} s left" if 0 < done < total else ""
