@@ -47,6 +47,7 @@ def measured() -> str:
             checkpoints(),
             curvature(),
             race_speed(),
+            model_speed(),
             "",
         ]
     )
@@ -314,6 +315,29 @@ def race_speed() -> str:
 def _ratio(row: dict[str, Any]) -> str:
     fields = ("value", "low", "high", "censored", "seeds")
     return str(Ratio(**{f: row[f] for f in fields})).replace(">=", "≥ ").replace("inf", "∞")
+
+
+def model_speed() -> str:
+    """Tell how fast the models are beside PyTorch's."""
+    record = json.loads((RESULTS / "models.json").read_text())
+    rows, peers = record["rows"], record["config"]["peers"]
+    lines = [
+        f"Models beside their PyTorch implementations ({', '.join(f'{n} {v}' for n, v in peers.items())}; "
+        f"float32, {machine(record)}): milliseconds of ours, and how many times faster, above 1, or slower; "
+        "and ours deformed, every value projection a pair, over plain.",
+        "",
+        "| model, parameters | forward | training step | deformed / plain |",
+        "|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        forward, step = (row for row in rows if row["model"] == name)
+        cells = [
+            f"{1000 * r['seconds']:.0f}, {r['ratio']:.2f} [{r['ratio_low']:.2f}, {r['ratio_high']:.2f}]"
+            for r in (forward, step)
+        ]
+        cost = f"{forward['deformed_over_plain']:.2f}, {step['deformed_over_plain']:.2f}"
+        lines.append(f"| {name}, {forward['parameters']:,} | {' | '.join(cells)} | {cost} |")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

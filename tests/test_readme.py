@@ -1,3 +1,4 @@
+import json
 import re
 import shlex
 import subprocess
@@ -56,6 +57,15 @@ def test_numbers_are_those_of_the_committed_results():
     section = README.split(readme.START)[1].split(readme.END)[0]
     assert section.strip() == readme.measured().strip()
     assert (ROOT / "docs" / "optimizers.md").read_text() == readme.page()
+
+
+def test_nothing_costs_the_attacker_more_than_seconds():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "ledger.json").read_text())["rows"]
+    bills = [row["bill"] for row in rows if row["bill"]]
+    assert len({row["network"] for row in rows}) == 3
+    assert len(bills) > 3 * 10
+    assert max(bill["conversion_seconds"] for bill in bills) < 60
+    assert "nothing we found costs the attacker more than seconds" in README
 
 
 def test_the_commands_for_checkpoints_run_as_written(tmp_path, monkeypatch):
