@@ -178,7 +178,7 @@ print(f"the compensation itself is recognised from alpha {min(sure):.3g} on" if 
 #
 # `campaign.auto` takes any defence that keeps the function, tries what is cheapest first and stops at what
 # works. Two that one may think of next: channels of a ReLU network rescaled against one another, and a kernel
-# written as a chain of factors.
+# written as a chain of factors. Each sentence says first whether the defence holds anyone off at all.
 
 # %%
 width = 6 if SMALL else 32
@@ -231,7 +231,7 @@ for y, point in enumerate(reversed(points)):
         ax.annotate(
             v.cheapest.attack, (v.cheapest.ratio, y), fontsize=7, xytext=(0, 4), textcoords="offset points"
         )
-    print(f"{point.name}: {v}")
+    print(v)
 ax.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
 ax.set(xscale="log", xlabel="steps over those of the undefended network, SGD (triangle: lower bound)")
 ax.set_yticks(range(len(points)), [p.name for p in reversed(points)])

@@ -23,6 +23,7 @@ from specdef_jax.parametrization import Problem, is_structured, merge, problem
 from specdef_jax.race.statistics import Ratio
 
 Told = Callable[[str, int, int], None]
+RELEASED = "as released"
 Tried = tuple[str, Knowledge, float, Problem, Callable[[Any], Any], Bill | None]
 
 
@@ -83,6 +84,8 @@ class Verdict:
         if self.cheapest is None:
             return f"{start}; none of {len(self.trials)} attacks undoes it."
         one = self.cheapest
+        if one.attack == RELEASED:
+            return f"{start}; no attack is needed."
         return (
             f"{start}; {one.attack} (knows: {one.knowledge.label}) brings that to {one.ratio:.3g}, after "
             f"{one.conversion_seconds:.2g} seconds of conversion."
@@ -146,7 +149,7 @@ def _ensemble(
     trials: list[Trial],
 ) -> Iterator[Tried]:
     """Give what to try, cheapest first; what does not apply is written into the trials."""
-    yield "as released", Knowledge.BLACK_BOX, 0.0, direct, _same, None
+    yield RELEASED, Knowledge.BLACK_BOX, 0.0, direct, _same, None
     if defence.change is None:
         yield "relative steps", Knowledge.WEIGHTS, 0.0, direct, relative, None
     made: list[Attack] = []

@@ -150,21 +150,22 @@ def _pretrained(
 ) -> PyTree:
     of_weights, of_batches = jax.random.split(key)
     params = module.init(config, of_weights)
-    return trained(Partial(module.loss(config)), params, (windows,), of_batches, steps=steps)
+    return trained(Partial(module.loss(config)), params, minibatches(32, windows), of_batches, steps=steps)
 
 
 def _unlearned(
     module: Any, config: Any, size: TextSize, data: prose.Prose, how: str, params: PyTree, key: PRNGKeyArray
 ) -> PyTree:
     loss, apply = module.loss(config), functools.partial(module.apply, config)
-    given = params, (data.withheld,), (data.retained,), key
+    bad, good = minibatches(16, data.withheld), minibatches(16, data.retained)
     few = unlearning.Schedule(size.unlearning, 5e-4)
-    many = replace(few, steps=10 * size.unlearning, step_size=1e-3)
+    many = unlearning.Schedule(10 * size.unlearning, 1e-3)
     if how == "ga":
-        return unlearning.gradient_ascent(loss, *given, few)
+        return unlearning.gradient_ascent(loss, params, bad, good, key, few)
     if how == "npo":
-        return unlearning.npo(functools.partial(_log_likelihood, apply), loss, *given, many)
-    return unlearning.rmu(functools.partial(_hidden, module, config), *given, many)
+        likely = functools.partial(_log_likelihood, apply)
+        return unlearning.npo(likely, loss, params, bad, good, key, many)
+    return unlearning.rmu(functools.partial(_hidden, module, config), params, bad, good, key, many)
 
 
 def _log_likelihood(

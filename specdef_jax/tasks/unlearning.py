@@ -1,7 +1,8 @@
 """Unlearning, the baselines: make a model forget a domain and keep the other, by training.
 
 Each takes and returns parameters of any model; what they need of it is a function of its own. Steps are
-Adam's, gradients clipped to norm 1, minibatches drawn with replacement.
+Adam's, gradients clipped to norm 1. `forget` and `retain` are samples, as races take them: sample(key) gives
+the args of a step.
 """
 
 from __future__ import annotations
@@ -17,23 +18,22 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-Examples = Sequence[Array]
+Args = Sequence[Any]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: Adam's steps, their size, examples of each domain in a step."""
+    """How long and how fast: Adam's steps, and their size."""
 
     steps: int = 200
     step_size: float = 1e-3
-    batch: int = 16
 
 
 def gradient_ascent(
     loss: Callable[..., Array],
     params: PyTree,
-    forget: Sequence[Array],
-    retain: Sequence[Array],
+    forget: Partial,
+    retain: Partial,
     key: PRNGKeyArray,
     schedule: Schedule,
     *,
@@ -42,11 +42,11 @@ def gradient_ascent(
     """Ascend the loss of one domain, descend that of the other.
 
     Args:
-      loss: loss(params, *examples).
+      loss: loss(params, *args).
       params: of the model that knows both.
-      forget: arrays of examples, one leading length.
-      retain: the same of what is kept.
-      key: of the minibatches.
+      forget: sample of the domain to forget.
+      retain: sample of the one to keep.
+      key: of the samples.
       schedule: of the training; ascent has no end of its own, so its steps decide.
       weight: of the retained loss.
 
@@ -59,8 +59,8 @@ def npo(
     log_likelihood: Callable[..., Float[Array, "batch"]],
     loss: Callable[..., Array],
     params: PyTree,
-    forget: Sequence[Array],
-    retain: Sequence[Array],
+    forget: Partial,
+    retain: Partial,
     key: PRNGKeyArray,
     schedule: Schedule,
     *,
@@ -70,12 +70,12 @@ def npo(
     """Negative preference optimization: ascent that stops by itself where an example is unlikely enough.
 
     Args:
-      log_likelihood: log_likelihood(params, *examples), of each example.
-      loss: loss(params, *examples), of the domain that is kept.
+      log_likelihood: log_likelihood(params, *args), of each example.
+      loss: loss(params, *args), of the domain that is kept.
       params: of the model that knows both; also the reference.
-      forget: arrays of examples, one leading length.
-      retain: the same of what is kept.
-      key: of the minibatches.
+      forget: sample of the domain to forget.
+      retain: sample of the one to keep.
+      key: of the samples.
       schedule: of the training.
       beta: inverse temperature.
       weight: of the retained loss.
@@ -89,8 +89,8 @@ def npo(
 def rmu(
     hidden: Callable[..., Float[Array, "batch time n"]],
     params: PyTree,
-    forget: Sequence[Array],
-    retain: Sequence[Array],
+    forget: Partial,
+    retain: Partial,
     key: PRNGKeyArray,
     schedule: Schedule,
     *,
@@ -100,11 +100,11 @@ def rmu(
     """Representation misdirection: what one domain looks like inside becomes one random direction.
 
     Args:
-      hidden: hidden(params, *examples), of some layer.
+      hidden: hidden(params, *args), of some layer.
       params: of the model that knows both; its hidden states on the retained domain are kept.
-      forget: arrays of examples, one leading length.
-      retain: the same of what is kept.
-      key: of the direction and the minibatches.
+      forget: sample of the domain to forget.
+      retain: sample of the one to keep.
+      key: of the direction and the samples.
       schedule: of the training.
       length: of the direction; that of a hidden state of unit variance by default.
       weight: of what is kept.
@@ -115,16 +115,14 @@ def rmu(
     return _trained(objective, params, forget, retain, key, schedule=schedule)
 
 
-def _ascent(
-    loss: Partial, weight: float, params: PyTree, old: PyTree, f: Examples, r: Examples, key: Any
-) -> Array:
+def _ascent(loss: Partial, weight: float, params: PyTree, old: PyTree, f: Args, r: Args, key: Any) -> Array:
     del old, key
     return weight * loss(params, *r) - loss(params, *f)
 
 
 def _preference(
     log_likelihood: Partial, loss: Partial, beta: float, weight: float,
-    params: PyTree, old: PyTree, f: Examples, r: Examples, key: Any,
+    params: PyTree, old: PyTree, f: Args, r: Args, key: Any,
 ) -> Array:  # fmt: skip
     del key
     ratio = log_likelihood(params, *f) - log_likelihood(old, *f)
@@ -133,7 +131,7 @@ def _preference(
 
 def _misdirection(
     hidden: Partial, length: float | None, weight: float,
-    params: PyTree, old: PyTree, f: Examples, r: Examples, key: PRNGKeyArray,
+    params: PyTree, old: PyTree, f: Args, r: Args, key: PRNGKeyArray,
 ) -> Array:  # fmt: skip
     now = hidden(params, *f)
     direction = jax.random.uniform(key, now.shape[-1:], now.dtype)
@@ -147,28 +145,21 @@ def _misdirection(
 def _trained(
     objective: Partial,
     params: PyTree,
-    forget: Examples,
-    retain: Examples,
+    forget: Partial,
+    retain: Partial,
     key: PRNGKeyArray,
     *,
     schedule: Schedule,
 ) -> PyTree:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule.step_size))
-    of_the_run, of_batches = jax.random.split(key)
+    of_the_run, of_samples = jax.random.split(key)
 
     def step(t: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         now, state = carry
-        drawn = [
-            _some(examples, jax.random.fold_in(k, t), schedule.batch)
-            for k, examples in zip(jax.random.split(of_batches), (forget, retain), strict=True)
-        ]
+        of_forget, of_retain = jax.random.split(jax.random.fold_in(of_samples, t))
+        drawn = forget(of_forget), retain(of_retain)
         slopes = jax.grad(objective)(now, params, *drawn, of_the_run)
         updates, state = optimizer.update(slopes, state)
         return optax.apply_updates(now, updates), state
 
     return jax.lax.fori_loop(0, schedule.steps, step, (params, optimizer.init(params)))[0]
-
-
-def _some(examples: Examples, key: PRNGKeyArray, batch: int) -> Examples:
-    rows = jax.random.randint(key, (batch,), 0, len(examples[0]))
-    return tuple(x[rows] for x in examples)

@@ -79,21 +79,21 @@ def vision(architecture: Architecture, size: VisionSize, *, first_seed: int = 0)
     def pretrain(images: Labelled, key: PRNGKeyArray) -> PyTree:
         of_weights, of_batches = jax.random.split(key)
         params = network.init(of_weights)
-        return trained(Partial(loss), params, images, of_batches, steps=size.steps, batch=64)
+        return trained(Partial(loss), params, minibatches(64, *images), of_batches, steps=size.steps)
 
     known = tuple(pretrain((data.x, data.y), key) for key in keys)
     few, many = unlearning.Schedule(size.unlearning, 5e-4), unlearning.Schedule(10 * size.unlearning, 1e-3)
     likely = functools.partial(_log_likelihood, network)
+    bad, good = minibatches(16, *withheld), minibatches(16, *kept)
     networks_ = {
         "known": known,
         "ignorant": tuple(pretrain(kept, key) for key in keys),
         "ga": tuple(
-            unlearning.gradient_ascent(loss, p, withheld, kept, key, few)
+            unlearning.gradient_ascent(loss, p, bad, good, key, few)
             for p, key in zip(known, keys, strict=True)
         ),
         "npo": tuple(
-            unlearning.npo(likely, loss, p, withheld, kept, key, many)
-            for p, key in zip(known, keys, strict=True)
+            unlearning.npo(likely, loss, p, bad, good, key, many) for p, key in zip(known, keys, strict=True)
         ),
     }
     mixed = [

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
+from specdef_jax.race import minibatches
 from specdef_jax.tasks import unlearning
 from specdef_jax.tasks.unlearning import Schedule
 
@@ -13,7 +14,7 @@ KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (40, 4))
 Y = (X @ jax.random.normal(jax.random.key(1), (4,)) > 0).astype(int)
 FORGET, RETAIN = (X[:20], Y[:20]), (X[20:], Y[20:])
-ONE = Schedule(steps=1, step_size=0.5, batch=8)
+ONE = Schedule(steps=1, step_size=0.5)
 
 
 def logits(params, x):
@@ -44,7 +45,7 @@ def start():
 
 
 KNOWN = start()
-GIVEN = KNOWN, FORGET, RETAIN, KEY
+GIVEN = KNOWN, minibatches(20, *FORGET), minibatches(20, *RETAIN), KEY
 METHODS = {
     "ascent": lambda schedule, **more: unlearning.gradient_ascent(loss, *GIVEN, schedule, **more),
     "npo": lambda schedule, **more: unlearning.npo(likely, loss, *GIVEN, schedule, **more),
@@ -54,27 +55,27 @@ METHODS = {
 
 @pytest.mark.parametrize("method", ["ascent", "npo"])
 def test_it_forgets_one_and_keeps_the_other(method):
-    found = METHODS[method](Schedule(60, 1e-2, 20), weight=5.0)
+    found = METHODS[method](Schedule(60, 1e-2), weight=5.0)
     assert float(loss(found, *FORGET)) > 3 * float(loss(KNOWN, *FORGET))
     assert float(loss(found, *RETAIN)) < float(loss(found, *FORGET)) / 2
 
 
 def test_without_the_retained_loss_more_is_lost():
-    kept, lost = (METHODS["ascent"](Schedule(60, 1e-2, 20), weight=w) for w in (5.0, 0.0))
+    kept, lost = (METHODS["ascent"](Schedule(60, 1e-2), weight=w) for w in (5.0, 0.0))
     assert float(loss(lost, *RETAIN)) > 2 * float(loss(kept, *RETAIN))
 
 
 def test_ascent_is_unbounded_and_preference_stops():
-    far, near = (METHODS[m](Schedule(300, 3e-2, 20), weight=0.0) for m in ("ascent", "npo"))
+    far, near = (METHODS[m](Schedule(300, 3e-2), weight=0.0) for m in ("ascent", "npo"))
     assert float(loss(far, *FORGET)) > 2 * float(loss(near, *FORGET)) > 4 * float(loss(KNOWN, *FORGET))
 
 
 def test_misdirection_leads_hidden_states_one_way():
-    found = METHODS["rmu"](Schedule(300, 1e-2, 20), weight=0.0)
+    found = METHODS["rmu"](Schedule(300, 1e-2), weight=0.0)
     states = np.asarray(hidden(found, *FORGET))
     directions = states / np.linalg.norm(states, axis=1, keepdims=True)
     assert np.mean(directions @ directions.mean(0)) > 0.9
-    kept = METHODS["rmu"](Schedule(300, 1e-2, 20), weight=1e4)
+    kept = METHODS["rmu"](Schedule(300, 1e-2), weight=1e4)
     moved = np.abs(np.asarray(hidden(kept, *RETAIN)) - np.asarray(hidden(KNOWN, *RETAIN))).mean()
     assert moved < np.abs(np.asarray(hidden(found, *RETAIN)) - np.asarray(hidden(KNOWN, *RETAIN))).mean() / 5
 
