@@ -69,3 +69,9 @@ def draw(figure: Any, colours: dict[str, str], results: Results) -> None:
         loc="outside lower center",
         ncols=len(sizes),
     )
+
+
+def standalone(results: Results) -> bytes:
+    """Draw the figure as an SVG file on a light ground."""
+    size = 9.6, 0.9 + 0.32 * len(results["matrix"])
+    return svg.standalone("relearning", size, lambda figure, colours: draw(figure, colours, results))
