@@ -57,6 +57,7 @@ def test_numbers_are_those_of_the_committed_results():
     section = README.split(readme.START)[1].split(readme.END)[0]
     assert section.strip() == readme.measured().strip()
     assert (ROOT / "docs" / "optimizers.md").read_text() == readme.page()
+    assert (ROOT / "docs" / "replication.md").read_text() == readme.replication_page()
 
 
 def test_nothing_costs_the_attacker_more_than_seconds():
