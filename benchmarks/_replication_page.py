@@ -141,9 +141,11 @@ def _optimizers(results: Results) -> tuple[str, str]:
         if before["refused"] or after["refused"] or all(map(math.isnan, before[name]["steps"])):
             continue
         ratio = ratio_of_means(np.array(after[name]["steps"]), np.array(before[name]["steps"]), cap)
-        told.append(f"{name} {ratio}")
-        slow.append(ratio.low > 1)
-    verdict = AGREES if all(slow) else DISAGREES if not any(slow) else UNCLEAR
+        edge = before[name]["at_edge"] or after[name]["at_edge"]
+        told.append(f"{name} {ratio}{' (edge)' if edge else ''}")
+        slow.append(None if edge else ratio.low > 1)
+    judged = [s for s in slow if s is not None]  # at the edge of its grid an optimizer may have a better step
+    verdict = UNCLEAR if not judged else AGREES if all(judged) else UNCLEAR if any(judged) else DISAGREES
     return verdict, f"steps over undefended: {', '.join(told)}"
 
 

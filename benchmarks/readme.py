@@ -159,7 +159,7 @@ def theory() -> str:
         if s["statement"] == "2.4" and c["kind"] == "refuted" and "violate" in c["note"]
     )
     return (
-        f"`python -m theory` ({_work(record):.0f} s of work, {machine(record)}): {_claims(record)}. "
+        f"`python -m theory` ({machine(record)}): {_claims(record)}. "
         f"`--full` ({_work(whole):.0f} s of work): {_claims(whole)}. The "
         f"published bound on an off-diagonal "
         f"block, as literally read, is refuted: of {refuted['count']} matrices ({refuted['instance']}) "

@@ -92,7 +92,7 @@ def images(kind: Kind, size: ImageSize, *, first_seed: int = 0) -> Experiment:
       MissingExtra: scikit-learn, or for "style" Pillow, is not installed.
     """
     config = _config(size)
-    loss = functools.partial(_loss, config)
+    loss = _loss_of(config)
     kept, withheld = _pictures(kind, digits.load())
     kept_held, withheld_held = _pictures(kind, digits.load(), held=True)
     both = jnp.concatenate([kept[0], withheld[0]]), jnp.concatenate([kept[1], withheld[1]])
@@ -207,11 +207,9 @@ def _states(classes: Int[Array, "b"], context: int) -> Float[Array, "b 1 c"]:
     return table[classes]
 
 
-def _loss(
-    config: UNetConfig, params: PyTree, x: Float[Array, "b 1 8 8"], noise: Float[Array, "b 1 8 8"],
-    timestep: Int[Array, "b"], states: Float[Array, "b 1 c"],
-) -> Float[Array, ""]:  # fmt: skip
-    return unet.loss(config)(params, x, noise, timestep, states)
+@functools.cache  # one function object per config, so that jit compiles it once
+def _loss_of(config: UNetConfig) -> Callable[..., Array]:
+    return unet.loss(config)
 
 
 def _sample(context: int, batch: int, pictures: Pictures) -> Partial:

@@ -84,7 +84,7 @@ def text(architecture: Architecture, size: TextSize, *, first_seed: int = 0) -> 
     """
     config = _config(architecture, size)
     module: Any = _MODULES[architecture]
-    loss, apply = module.loss(config), functools.partial(module.apply, config)
+    loss, apply = _functions(module, config)
     data = prose.load(size.length)
     keys = [jax.random.key(seed) for seed in range(first_seed, first_seed + size.seeds)]
     both = jnp.concatenate([data.retained, data.withheld])
@@ -150,22 +150,33 @@ def _pretrained(
 ) -> PyTree:
     of_weights, of_batches = jax.random.split(key)
     params = module.init(config, of_weights)
-    return trained(Partial(module.loss(config)), params, minibatches(32, windows), of_batches, steps=steps)
+    return trained(
+        Partial(_functions(module, config)[0]), params, minibatches(32, windows), of_batches, steps=steps
+    )
 
 
 def _unlearned(
     module: Any, config: Any, size: TextSize, data: prose.Prose, how: str, params: PyTree, key: PRNGKeyArray
 ) -> PyTree:
-    loss, apply = module.loss(config), functools.partial(module.apply, config)
+    loss, apply = _functions(module, config)
     bad, good = minibatches(16, data.withheld), minibatches(16, data.retained)
     few = unlearning.Schedule(size.unlearning, 5e-4)
     many = unlearning.Schedule(10 * size.unlearning, 1e-3)
     if how == "ga":
         return unlearning.gradient_ascent(loss, params, bad, good, key, few)
     if how == "npo":
-        likely = functools.partial(_log_likelihood, apply)
-        return unlearning.npo(likely, loss, params, bad, good, key, many)
-    return unlearning.rmu(functools.partial(_hidden, module, config), params, bad, good, key, many)
+        return unlearning.npo(_bound(_log_likelihood, apply), loss, params, bad, good, key, many)
+    return unlearning.rmu(_bound(_hidden, module, config), params, bad, good, key, many)
+
+
+@functools.cache  # one function object per model, so that jit compiles it once
+def _functions(module: Any, config: Any) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    return module.loss(config), functools.partial(module.apply, config)
+
+
+@functools.cache
+def _bound(function: Callable[..., Array], *first: Any) -> Callable[..., Array]:
+    return functools.partial(function, *first)
 
 
 def _log_likelihood(

@@ -7,7 +7,7 @@ import pytest
 
 from specdef_jax import models
 from specdef_jax.models import gpt_oss, llama
-from specdef_jax.tasks import prose, text, vision
+from specdef_jax.tasks import digits, images, prose, text, vision
 
 TEXT, VISION = text.SIZES["smoke"], vision.SIZES["smoke"]
 
@@ -81,3 +81,26 @@ def test_a_transformer_experiment_has_layers_to_deform():
     made = vision.vision("vit", VISION)
     assert made.networks["known"][0]["block_0_v"]["w"].shape == (VISION.dim, VISION.dim)
     assert "8" in made.description
+
+
+@pytest.mark.slow  # compiles a UNet and its sampler
+@pytest.mark.parametrize("kind", ["diffusion", "style"])
+def test_an_image_experiment(kind):
+    size = images.SIZES["smoke"]
+    made = images.images(kind, size)
+    known = made.networks["known"][0]
+    assert [x.shape for x in made.sample(jax.random.key(0))] == [(4, 1, 8, 8), (4, 1, 8, 8), (4,), (4, 1, 4)]
+    assert 0 <= float(made.capability(known)) <= 1
+    assert np.shape(made.samples(known)) == (10, 64)
+    assert float(np.exp(made.retained(known))) == pytest.approx(1, abs=0.2)  # predicts noise as zero would
+    assert made.apply(known, *made.inputs).shape == (16, 1, 8, 8)
+
+
+def test_the_other_style_is_another_one_and_still_legible():
+    (plain, y), (styled, z) = images._pictures("style", digits.load(), held=True)
+    assert (y == z).all()
+    assert float(plain.mean()) < 0 < float(styled.mean())
+    per_picture = [
+        np.corrcoef(np.ravel(a), np.ravel(b))[0, 1] for a, b in zip(plain[:50], styled[:50], strict=True)
+    ]
+    assert max(per_picture) < -0.5
