@@ -42,6 +42,8 @@ def _headline(table: Table) -> list[str]:
         changed = moved(table, rerun)
         count = sum(to == "target" for _, _, to in rerun.ratios)
         said = "moves no verdict" if not changed else f"moves {len(changed)}: {'; '.join(changed)}"
+        if changed and not any("slowed" in one and "faster" in one for one in changed):
+            said += ". None turns slowed into faster: in each, one of the two cannot tell"
         lines += [f"A rerun with disjoint pretraining seeds, {count} verdicts, {said}.", ""]
     return lines
 
