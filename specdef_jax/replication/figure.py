@@ -55,7 +55,7 @@ def draw(figure: Any, colours: dict[str, str], results: Results) -> None:
     left.tick_params(axis="y", length=0, labelcolor=colours["ink"])
     left.set_xlabel(f"steps to the target (hollow: not within {cap})")
     right.set_xlim(0, 1)
-    right.set_xlabel("capability at the end (solid line: who knows; dotted: who never learned)")
+    right.set_xlabel("capability at the end (line: who knows; dotted: who does not)")
     for panel in (left, right):
         clean(panel, colours)
     from matplotlib.lines import Line2D
