@@ -26,6 +26,7 @@ Report = Callable[[int, int], None]  # report(done, total), over all optimizers
 Count = Callable[[int], None]  # count(done), of one optimizer
 
 WIDEST = 16  # lanes
+NARROWEST = 8  # runs of a share, padding counted: a round of refinement may have one
 TURNS = 2  # runs that a lane should see: with fewer, lanes wait idle for the last to arrive
 SMALL = 1 << 22  # bytes of parameters whose lanes fit any machine
 
@@ -52,7 +53,7 @@ def race_one(
 ) -> Finished:
     """Race one optimizer, on CPUs with one thread per core, or over a mesh."""
     shares = _shares(runs, lanes, mesh)
-    width = 1 << (max(map(len, shares)) - 1).bit_length()  # few shapes, so that rounds share programs
+    width = max(NARROWEST, 1 << (max(map(len, shares)) - 1).bit_length())  # so that rounds share programs
     parts = [_share(runs, share, width) for share in shares]
     begin = time.perf_counter()
     if mesh is not None:
