@@ -70,12 +70,13 @@ def rows_of(name: str, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Give one row per placement, way, alpha and state of training."""
     task = arms.task_of({"network": name, "seeds": config["seeds"]}, 0)
     trained = functools.partial(_trained, task, config["training"])
+    kernels = _kernels(task)
     for placement in ("insert", "gauge") if name == "transformer" else ("insert",):
         for basis, directions in config["ways"]:
-            release = _releases(task, placement, basis, directions)
+            release = _releases(task, kernels, placement, basis, directions)
             for state, after in (("released", lambda tree: tree), ("trained", trained)):
-                scored = {a: _scores(task, map(after, release(a)), placement) for a in config["alphas"]}
-                natural = _natural(task, placement, config["rank"], scored[1.0], after)
+                scored = {a: _scores(kernels, map(after, release(a)), placement) for a in config["alphas"]}
+                natural = _natural(task, kernels, placement, config["rank"], scored[1.0], after)
                 for alpha in config["alphas"]:
                     row = {
                         "network": name, "placement": placement, "basis": basis, "directions": directions,
@@ -84,7 +85,9 @@ def rows_of(name: str, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     yield row | _row(scored[alpha], natural, placement)
 
 
-def _releases(task: Task, placement: str, basis: str, directions: str) -> Callable[[float], list[PyTree]]:
+def _releases(
+    task: Task, kernels: tuple[str, ...], placement: str, basis: str, directions: str
+) -> Callable[[float], list[PyTree]]:
     """Return release(alpha): every network with every kernel, or the gauge pair, deformed."""
     spec = sd.SpecDef(2.0, 1, basis, directions=directions)  # type: ignore[arg-type]
     if placement == "gauge":
@@ -99,7 +102,7 @@ def _releases(task: Task, placement: str, basis: str, directions: str) -> Callab
             ]
 
         return gauged
-    plans = [sd.plan(p, spec, where=_kernels(task), key=KEY) for p in task.networks]
+    plans = [sd.plan(p, spec, where=kernels, key=KEY) for p in task.networks]
     return lambda alpha: [
         sd.apply_plan(p, q.with_alpha(alpha)) for p, q in zip(task.networks, plans, strict=True)
     ]
@@ -132,15 +135,15 @@ def _trained(task: Task, training: dict[str, Any], released: PyTree) -> PyTree:
     return run(problem(task.loss, released, *task.args), task.args)
 
 
-def _scores(task: Task, networks: Any, placement: str) -> list[Scores]:
+def _scores(kernels: tuple[str, ...], networks: Any, placement: str) -> list[Scores]:
     if placement == "gauge":
         return [attacks.detect(p, [GAUGE])[GAUGE.name] for p in networks]
-    names = _kernels(task)
-    return [scores[name] for scores in map(attacks.detect, networks) for name in names]
+    return [scores[name] for scores in map(attacks.detect, networks) for name in kernels]
 
 
 def _natural(
     task: Task,
+    kernels: tuple[str, ...],
     placement: str,
     rank: dict[str, float],
     neutral: list[Scores],
@@ -150,15 +153,15 @@ def _natural(
     low = [trees.map_named(functools.partial(_low_rank, rank), p) for p in task.networks]
     found = {}
     for kind, networks in (("ordinary", list(task.networks)), ("low rank", low)):
-        kernels = _scores(task, map(after, networks), "insert")
+        alone = _scores(kernels, map(after, networks), "insert")
         if placement == "gauge":
-            pairs = _scores(task, map(after, networks), "gauge")
+            pairs = _scores(kernels, map(after, networks), "gauge")
         elif kind == "ordinary":
             pairs = neutral
         else:
-            inserted = [sd.deform(p, sd.SpecDef(1.0, 1), where=_kernels(task), key=KEY) for p in networks]
-            pairs = _scores(task, map(after, inserted), "insert")
-        found[kind] = {"pair": pairs, "kernel": kernels}
+            inserted = [sd.deform(p, sd.SpecDef(1.0, 1), where=kernels, key=KEY) for p in networks]
+            pairs = _scores(kernels, map(after, inserted), "insert")
+        found[kind] = {"pair": pairs, "kernel": alone}
     return found
 
 

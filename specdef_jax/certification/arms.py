@@ -39,10 +39,10 @@ class Arm:
     bill: attacks.Bill | None = None
 
 
-def sharpness(task: Problem, args: tuple[Any, ...], key: PRNGKeyArray) -> float:
+def sharpness(task: Problem, args: tuple[Any, ...], key: PRNGKeyArray, tol: float = SHARPNESS_TOL) -> float:
     """Return sigma_1 of the Hessian, the largest |eigenvalue|, at a problem's parameters."""
     op = curvature.hessian(task.loss, task.params, *args)
-    return float(jnp.abs(curvature.eigsh(op, tol=SHARPNESS_TOL, key=key).values[0]))
+    return float(jnp.abs(curvature.eigsh(op, tol=tol, key=key).values[0]))
 
 
 def plans_for(task: Task, config: Config, directions: str) -> list[Plan]:
@@ -87,7 +87,11 @@ def attack_arm(
 
 
 def match_alphas(
-    make: Callable[[int, float], Problem], targets: list[float], args: tuple[Any, ...], key: PRNGKeyArray
+    make: Callable[[int, float], Problem],
+    targets: list[float],
+    args: tuple[Any, ...],
+    key: PRNGKeyArray,
+    tol: float = SHARPNESS_TOL,
 ) -> list[float]:
     """Return the alpha that gives each network the sharpness asked for.
 
@@ -96,12 +100,13 @@ def match_alphas(
       targets: sharpness per network.
       args: data of the loss.
       key: for Lanczos.
+      tol: of every sharpness.
     """
     alphas = []
     for i, target in enumerate(targets):
-        start = sharpness(make(i, 1.0), args, key)
+        start = sharpness(make(i, 1.0), args, key, tol)
         alpha, _ = race.match_sharpness(
-            lambda a, i=i: sharpness(make(i, a), args, key), target, guess=(target / start) ** 0.5
+            lambda a, i=i: sharpness(make(i, a), args, key, tol), target, guess=(target / start) ** 0.5
         )
         alphas.append(alpha)
     return alphas

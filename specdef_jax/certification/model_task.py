@@ -63,9 +63,10 @@ def model_task(
     if held is None and not is_text:
         raise ProblemError(f"{directory} writes no text: give inputs to compare it on, apply(params, *held).")
     function = model.loss if loss is None else loss
+    compared = tuple(data[:1] if held is None else held)
     with jax.enable_x64(True):
         params, args = trees.double(model.params), trees.double(tuple(data))
-        inputs = trees.double(tuple(data[:1] if held is None else held))
+        inputs = trees.double(compared)
         start = float(function(params, *args))
     goal = SHARE * start if target is None else target
     return Task(
@@ -85,7 +86,7 @@ def model_task(
         target=goal,
         facts={},
         axes={literal(n): KernelAxes((1,), (2,), stack=(0,)) for n, x in params.items() if jnp.ndim(x) == 3},
-        released=functools.partial(_released, model, tuple(data[:1] if held is None else held), is_text),
+        released=functools.partial(_released, model, compared, is_text),
     )
 
 

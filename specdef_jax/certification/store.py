@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from specdef_jax import trees
 from specdef_jax.certification.config import Config
@@ -33,9 +34,14 @@ Keep = Callable[[str, Callable[[], Any]], Any]  # keep(name, compute) -> stored 
 def fingerprint(config: Config, task: Task) -> str:
     """Return what a stored stage must have been computed with: config, task, code version, schema."""
     told = [task.name, task.description, as_selector(task.where).description, task.control, task.target]
-    text = json.dumps([asdict(config), told, commit(), SCHEMA, jax.__version__], sort_keys=True)
+    return digest_of([asdict(config), told], (task.networks, task.args, task.inputs))
+
+
+def digest_of(told: Any, arrays: PyTree = ()) -> str:
+    """Return a short name of plain values and arrays, of this code and this JAX."""
+    text = json.dumps([told, commit(), SCHEMA, jax.__version__], sort_keys=True)
     digest = hashlib.sha256(text.encode())
-    for name, leaf in trees.named_leaves((task.networks, task.args, task.inputs)):
+    for name, leaf in trees.named_leaves(arrays):
         array = np.asarray(leaf)
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return digest.hexdigest()[:16]

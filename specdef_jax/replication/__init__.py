@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from specdef_jax.certification.store import Progress, dumps, plain, staged
-from specdef_jax.environment import commit, describe
+from specdef_jax.certification.store import Progress, digest_of, dumps, plain, staged
+from specdef_jax.environment import describe
 from specdef_jax.errors import SpecError
 from specdef_jax.files import atomic_write_text
 from specdef_jax.replication import sections
@@ -63,9 +59,7 @@ def replicate(
         raise SpecError(f"task {task!r}: must be one of {', '.join(TASKS)}.")
     config = Config.preset(size) if config is None else config
     tell = progress or (lambda stage, done, total: None)
-    key = hashlib.sha256(json.dumps([task, asdict(config), commit(), jax.__version__]).encode()).hexdigest()[
-        :16
-    ]
+    key = digest_of([task, size, asdict(config)])
     keep = functools.partial(staged, out, key, fresh=fresh)
     tell("pretraining and unlearning", 0, 1)
     experiment = TASKS[task](size)

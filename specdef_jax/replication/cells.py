@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def row(
 ) -> dict[str, Any]:
     """Return one row of the matrix: Adam at every step size. A start that is no start is told, not raced."""
     adam = race.FIRST_ORDER["adam"]
-    start = [_state(experiment, one) for one in problems]
+    start = [state(experiment, one) for one in problems]
     try:
         result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder)
     except ProblemError as error:
@@ -114,7 +113,8 @@ def fastest(
     } | {"refused": ""}
 
 
-def _state(experiment: Experiment, one: Problem) -> dict[str, float]:
+def state(experiment: Experiment, one: Problem) -> dict[str, float]:
+    """Return what a network can do where a problem starts."""
     params = one.read_back(one.params)
     return {
         "judged": float(_judged(one, experiment.judged_on)),
@@ -123,6 +123,6 @@ def _state(experiment: Experiment, one: Problem) -> dict[str, float]:
     }
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _judged(one: Problem, args: tuple[Any, ...]) -> jax.Array:
     return one.loss(one.params, *args)

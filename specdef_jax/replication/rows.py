@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
-from specdef_jax import curvature, race, trees
+from specdef_jax import trees
 from specdef_jax.activations import activations
+from specdef_jax.certification.arms import match_alphas, sharpness
 from specdef_jax.parametrization import Problem, problem
 from specdef_jax.race.control import scalar_control
 from specdef_jax.replication.config import Config
@@ -21,6 +22,7 @@ from specdef_jax.spec import Directions, Plan, SpecDef
 from specdef_jax.specdef import apply_plan, plan
 from specdef_jax.tasks.experiment import Experiment
 
+SHARPNESS_TOL = 1e-2
 UNLEARNED = {"ga": "gradient ascent", "npo": "NPO", "rmu": "RMU"}
 
 
@@ -116,20 +118,11 @@ def _scalar(experiment: Experiment, config: Config, i: int) -> Problem:
     key = jax.random.key(config.seed)
     params = experiment.networks[experiment.defended][i]
     model = deformed(experiment, config, config.alphas[0], "top", i)
-    goal = sharpness(model, experiment, key)
+    args = experiment.judged_on
 
-    def make(alpha: float) -> Problem:
-        return scalar_control(
-            experiment.loss, params, experiment.control, jnp.float32(alpha), *experiment.judged_on
-        )
+    def make(_: int, alpha: float) -> Problem:
+        return scalar_control(experiment.loss, params, experiment.control, jnp.float32(alpha), *args)
 
-    start = sharpness(make(1.0), experiment, key)
-    guess = max((goal / start) ** 0.5, 1.0)
-    alpha, _ = race.match_sharpness(lambda a: sharpness(make(a), experiment, key), goal, guess=guess)
-    return make(alpha)
-
-
-def sharpness(one: Problem, experiment: Experiment, key: PRNGKeyArray) -> float:
-    """Return the largest |eigenvalue| of the Hessian of the judged loss at the start."""
-    op = curvature.hessian(one.loss, one.params, *experiment.judged_on)
-    return float(jnp.abs(curvature.eigsh(op, tol=1e-2, key=key).values[0]))
+    goal = sharpness(model, args, key, SHARPNESS_TOL)
+    (alpha,) = match_alphas(make, [goal], args, key, SHARPNESS_TOL)
+    return make(0, alpha)

@@ -16,7 +16,7 @@ from specdef_jax.attacks import ATTACKS, lora
 from specdef_jax.certification.store import Keep, Progress
 from specdef_jax.errors import SpecDefError
 from specdef_jax.layered import layered
-from specdef_jax.parametrization import Problem, is_structured
+from specdef_jax.parametrization import is_structured, problem
 from specdef_jax.race.runs import Factory
 from specdef_jax.replication import cells, rows
 from specdef_jax.replication.config import Config
@@ -28,16 +28,10 @@ FORMATS = ("float64", "float32", "bfloat16", "float16")
 
 def facts(experiment: Experiment) -> dict[str, Any]:
     """Tell what every variant can do before any attack, and show samples of the first network."""
-    told = {}
-    for variant, networks in experiment.networks.items():
-        told[variant] = [
-            {
-                "judged": float(jax.jit(experiment.loss)(p, *experiment.judged_on)),
-                "capability": float(experiment.capability(p)),
-                "retained": float(experiment.retained(p)),
-            }
-            for p in networks
-        ]
+    told = {
+        variant: [cells.state(experiment, rows.plain(experiment, variant, i)) for i in range(len(networks))]
+        for variant, networks in experiment.networks.items()
+    }
     samples = {}
     if experiment.samples is not None:
         samples = {variant: experiment.samples(n[0]) for variant, n in experiment.networks.items()}
@@ -97,9 +91,15 @@ def optimizers(
 ) -> dict[str, Any]:
     """Race optimizers on the defended variant without and with SpecDef, each at its best step size."""
     found: dict[str, Any] = {}
+    arms = {
+        arm: [
+            problem(experiment.loss, tree, *experiment.judged_on) for tree in _trees(experiment, config, arm)
+        ]
+        for arm in ("undefended", "SpecDef")
+    }
     for i, name in enumerate(config.optimizers):
         tell("optimizers", i, len(config.optimizers))
-        for arm, problems in _arms(experiment, config).items():
+        for arm, problems in arms.items():
             one = functools.partial(cells.fastest, experiment, config, problems, {name: ALL[name]}, folder)
             found.setdefault(arm, {})[name] = keep(f"optimizer_{name}_{arm}", one)
     return found
@@ -149,14 +149,6 @@ def attacks(
 
         told.append({"attack": name} | keep(f"attack_{name}", race_it))
     return told
-
-
-def _arms(experiment: Experiment, config: Config) -> dict[str, list[Problem]]:
-    seeds = range(experiment.seeds)
-    return {
-        "undefended": [rows.plain(experiment, experiment.defended, i) for i in seeds],
-        "SpecDef": [rows.deformed(experiment, config, config.optimizer_alpha, "top", i) for i in seeds],
-    }
 
 
 def _trees(experiment: Experiment, config: Config, arm: str) -> list[PyTree]:

@@ -119,6 +119,13 @@ def cheapest(results: Results) -> str | None:
     )
 
 
+def recovered(entry: dict[str, Any]) -> tuple[str, Ratio] | None:
+    """Return the optimizer by which an entry of the ledger recovers most, and what; None if none arrives."""
+    ratios = {name: Ratio(**r) for name, r in entry["recovered"].items()}
+    arrived = {n: r for n, r in ratios.items() if not r.censored and not math.isnan(r.value)}
+    return min(arrived.items(), key=lambda item: item[1].value, default=None)
+
+
 def sharpening(results: Results) -> np.ndarray:
     """Return sigma_1 at the largest alpha raced over sigma_1 at alpha = 1, per network."""
     arms = results["race"]["arms"]

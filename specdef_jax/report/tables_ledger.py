@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from specdef_jax.race import Ratio
 from specdef_jax.report import facts
 from specdef_jax.report.facts import Results
 from specdef_jax.report.numbers import MISSING, given, named, number, seconds, share
@@ -61,12 +60,11 @@ def ledger(results: Results) -> Table:
 
 
 def _recovered(entry: dict[str, Any]) -> list[Cell | str]:
-    ratios = {n: Ratio(**r) for n, r in entry["recovered"].items()}
-    arrived = {n: r for n, r in ratios.items() if not r.censored and not math.isnan(r.value)}
-    if not arrived:
+    best = facts.recovered(entry)
+    if best is None:
         return ["", "not reached", MISSING]
-    best = min(arrived, key=lambda n: arrived[n].value)
-    return [facts.optimizer_name(best), number(float(np.median(entry["steps"][best]))), str(arrived[best])]
+    name, ratio = best
+    return [facts.optimizer_name(name), number(float(np.median(entry["steps"][name]))), str(ratio)]
 
 
 def _bill(bill: dict[str, Any] | None) -> list[Cell | str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from specdef_jax.race import Ratio
 from specdef_jax.report import facts
 from specdef_jax.report.facts import Results
 from specdef_jax.report.numbers import (
@@ -82,13 +81,9 @@ def of_the_ledger(results: Results) -> str:
     worst = max((e["bill"]["conversion_seconds"] for e in applied), default=math.nan)
     said = []
     for rung, attack in found["strongest"].items():
-        best = min(
-            (Ratio(**r) for r in entries[attack]["recovered"].values() if not r["censored"]),
-            key=lambda r: r.value,
-        )
-        said.append(
-            f"who knows {rung} needs {multiple(best.value)} the steps ({named(attack.replace('_', ' '))})"
-        )
+        best = facts.recovered(entries[attack])
+        value = math.nan if best is None else best[1].value
+        said.append(f"who knows {rung} needs {multiple(value)} the steps ({named(attack.replace('_', ' '))})")
     start = f"Of {len(applied)} attacks that apply, none takes longer to prepare than {seconds(worst)}"
     if not said:
         return f"{start}; none reached the target."

@@ -10,6 +10,7 @@ import pytest
 
 import specdef_jax as sd
 from specdef_jax import replication
+from specdef_jax.certification.arms import sharpness
 from specdef_jax.cli import main
 from specdef_jax.parametrization import merge
 from specdef_jax.replication import Config, cells, replicate, rows, sections, tables, words
@@ -78,7 +79,7 @@ def test_the_control_is_as_sharp_as_the_smallest_deformation(experiment):
     key = jax.random.key(0)
     control = next(r for r in rows.rows(experiment, SMOKE) if r.name == "one entry rescaled").make(0)
     model = rows.deformed(experiment, SMOKE, SMOKE.alphas[0], "top", 0)
-    sharp = [rows.sharpness(p, experiment, key) for p in (control, model)]
+    sharp = [sharpness(p, experiment.judged_on, key) for p in (control, model)]
     assert sharp[0] == pytest.approx(sharp[1], rel=0.1)
 
 
