@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,19 +17,24 @@ from specdef_jax.files import atomic_write_text
 from specdef_jax.replication import sections
 from specdef_jax.replication.config import Config
 from specdef_jax.replication.figure import relearning
-from specdef_jax.replication.tables import every_table, page, reading, samples
+from specdef_jax.replication.gallery import painted, pictures
+from specdef_jax.replication.networks import kept
+from specdef_jax.replication.tables import every_table, legend, page, samples
 from specdef_jax.replication.words import headline
 from specdef_jax.report.pages import markup, rendered
-from specdef_jax.tasks import text, vision
+from specdef_jax.tasks import images, text, vision
 from specdef_jax.tasks.experiment import Experiment
+from specdef_jax.tasks.training import Kept
 
-__all__ = ["TASKS", "Config", "page", "render", "replicate"]
+__all__ = ["TASKS", "Config", "page", "prepared", "render", "replicate"]
 
-TASKS: dict[str, Callable[[str], Experiment]] = {
-    "text/llama": lambda size: text.text("llama", text.SIZES[size]),
-    "text/gpt_oss": lambda size: text.text("gpt_oss", text.SIZES[size]),
-    "vision/cnn": lambda size: vision.vision("cnn", vision.SIZES[size]),
-    "vision/vit": lambda size: vision.vision("vit", vision.SIZES[size]),
+TASKS: dict[str, Callable[[str, Kept], Experiment]] = {
+    "text/llama": lambda size, kept: text.text("llama", text.SIZES[size], kept=kept),
+    "text/gpt_oss": lambda size, kept: text.text("gpt_oss", text.SIZES[size], kept=kept),
+    "vision/cnn": lambda size, kept: vision.vision("cnn", vision.SIZES[size], kept=kept),
+    "vision/vit": lambda size, kept: vision.vision("vit", vision.SIZES[size], kept=kept),
+    "diffusion": lambda size, kept: images.images("diffusion", images.SIZES[size], kept=kept),
+    "style": lambda size, kept: images.images("style", images.SIZES[size], kept=kept),
 }
 
 
@@ -55,14 +61,20 @@ def replicate(
     Raises:
       SpecError: no such task or size.
     """
-    if task not in TASKS:
-        raise SpecError(f"task {task!r}: must be one of {', '.join(TASKS)}.")
     config = Config.preset(size) if config is None else config
     tell = progress or (lambda stage, done, total: None)
     key = digest_of([task, size, asdict(config)])
-    keep = functools.partial(staged, out, key, fresh=fresh)
+    seconds: dict[str, float] = {}
+
+    def keep(name: str, compute: Callable[[], Any]) -> Any:
+        found = staged(out, key, name, functools.partial(_timed, compute), fresh=fresh)
+        seconds[name] = found["seconds"]
+        return found["value"]
+
     tell("pretraining and unlearning", 0, 1)
-    experiment = TASKS[task](size)
+    begin = time.perf_counter()
+    experiment = prepared(task, size, out, fresh=fresh)
+    seconds["pretraining"] = keep("pretraining", lambda: time.perf_counter() - begin)
     tell("pretraining and unlearning", 1, 1)
     folder = None if out is None else out / "state" / "races"
     given = experiment, config, keep, tell, folder
@@ -76,6 +88,7 @@ def replicate(
         "optimizers": sections.optimizers(*given),
         "lora": sections.adapters(*given),
         "attacks": sections.attacks(*given),
+        "seconds": seconds,
     }
     results = plain(results)
     if out is not None:
@@ -84,6 +97,20 @@ def replicate(
         atomic_write_text(out / "tables.md", page(results))
         atomic_write_text(out / "report.html", render(results))
     return results
+
+
+def prepared(task: str, size: str, out: Path | None = None, *, fresh: bool = False) -> Experiment:
+    """Return an experiment, its networks trained or taken from the output directory; errors of replicate."""
+    if task not in TASKS:
+        raise SpecError(f"task {task!r}: must be one of {', '.join(TASKS)}.")
+    key = digest_of([task, Config.preset(size).size])
+    return TASKS[task](size, functools.partial(kept, out, key, fresh=fresh))
+
+
+def _timed(compute: Callable[[], Any]) -> dict[str, Any]:
+    begin = time.perf_counter()
+    value = compute()
+    return {"value": value, "seconds": time.perf_counter() - begin}
 
 
 def render(results: dict[str, Any]) -> str:
@@ -99,8 +126,9 @@ def render(results: dict[str, Any]) -> str:
         "replication.html.j2",
         results=results,
         headline=headline(results),
-        reading=reading(results),
+        legend=legend(results),
         figure=markup(relearning(results)),
+        gallery=markup(painted(results)) if pictures(results) else None,
         tables=every_table(results),
         samples=samples(results),
     )

@@ -10,13 +10,15 @@ import jax
 import numpy as np
 
 from specdef_jax import race
-from specdef_jax.errors import ProblemError
+from specdef_jax.errors import SpecDefError
 from specdef_jax.parametrization import Problem
 from specdef_jax.programs import free_when_many
 from specdef_jax.race.result import RaceResult
 from specdef_jax.race.runs import Factory
 from specdef_jax.replication.config import Config
+from specdef_jax.replication.rows import Row
 from specdef_jax.tasks.experiment import Experiment
+from specdef_jax.tasks.training import each
 
 
 def raced(
@@ -26,6 +28,7 @@ def raced(
     optimizers: Mapping[str, Factory],
     step_sizes: Sequence[float],
     folder: Path | None,
+    refine: float | None = None,
 ) -> RaceResult:
     """Race the attacks on the same row of several networks, minibatches drawn alike in every row."""
     free_when_many()
@@ -39,6 +42,8 @@ def raced(
         key=jax.random.key(config.seed),
         eval_every=config.judge_every,
         eval_args=experiment.judged_on,
+        refine=refine,
+        prune=refine is not None,
         lanes=1,
         chunk=None if folder is None else len(problems),
         folder=folder,
@@ -46,43 +51,57 @@ def raced(
 
 
 def ends(
-    experiment: Experiment, config: Config, problems: Sequence[Problem], factory: Factory, result: RaceResult
+    experiment: Experiment,
+    config: Config,
+    problems: Sequence[Problem],
+    factory: Factory,
+    result: RaceResult,
+    *,
+    shown: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return, for each step size of the only optimizer, what every network needed and what it is after it."""
+    """Return, for each step size of the only optimizer, what every network needed and what it is after it.
+
+    With `shown`, also samples of the first network.
+    """
     (name,) = result.names
     key = jax.random.split(jax.random.key(config.seed), 1)[0]
-    told = []
-    for i, step_size in enumerate(result.grid(name)):
-        cells = []
-        for j, one in enumerate(problems):
-            steps = float(result.to_target[0, i, j])
-            taken = config.steps if np.isnan(steps) else int(np.ceil(steps))
-            params = one.read_back(
-                race.replay(one, factory, float(step_size), taken, sample=experiment.sample, key=key)
-            )
-            cells.append(
-                {
-                    "steps": steps,
-                    "capability": float(experiment.capability(params)),
-                    "retained": float(experiment.retained(params)),
-                    "peak": float(result.peak[0, i, j]),
-                }
-            )
-        told.append({"step_size": float(step_size), "networks": cells})
-    return told
+    grid = result.grid(name)
+
+    def end(i: int, j: int) -> dict[str, Any]:
+        steps = float(result.to_target[0, i, j])
+        taken = config.steps if np.isnan(steps) else int(np.ceil(steps))
+        one, step_size = problems[j], float(grid[i])
+        params = one.read_back(race.replay(one, factory, step_size, taken, sample=experiment.sample, key=key))
+        found: dict[str, Any] = {
+            "steps": steps,
+            "capability": float(experiment.capability(params)),
+            "retained": float(experiment.retained(params)),
+            "peak": float(result.peak[0, i, j]),
+        }
+        if shown and j == 0 and experiment.samples is not None:
+            found["samples"] = experiment.samples(params)
+        return found
+
+    told = each(end, *zip(*np.ndindex(len(grid), len(problems)), strict=True))
+    return [
+        {"step_size": float(step_size), "networks": list(told[i * len(problems) : (i + 1) * len(problems)])}
+        for i, step_size in enumerate(grid)
+    ]
 
 
-def row(
-    experiment: Experiment, config: Config, problems: Sequence[Problem], folder: Path | None
-) -> dict[str, Any]:
-    """Return one row of the matrix: Adam at every step size. A start that is no start is told, not raced."""
+def row(experiment: Experiment, config: Config, one: Row, folder: Path | None) -> dict[str, Any]:
+    """Return one row of the matrix: Adam at every step size. What cannot be raced says why."""
     adam = race.FIRST_ORDER["adam"]
-    start = [state(experiment, one) for one in problems]
+    count = experiment.seeds if one.headline else min(config.seeds, experiment.seeds)
+    start: list[dict[str, float]] = []
     try:
+        problems = [one.make(j) for j in range(count)]
+        start = [state(experiment, problem) for problem in problems]
         result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder)
-    except ProblemError as error:
+    except SpecDefError as error:
         return {"start": start, "cells": [], "refused": str(error)}
-    return {"start": start, "cells": ends(experiment, config, problems, adam, result), "refused": ""}
+    told = ends(experiment, config, problems, adam, result, shown=one.headline)
+    return {"start": start, "cells": told, "refused": ""}
 
 
 def fastest(
@@ -93,11 +112,9 @@ def fastest(
     folder: Path | None,
 ) -> dict[str, Any]:
     """Return the steps of each optimizer at its best step size, network by network."""
-    middle = config.step_sizes[len(config.step_sizes) // 2]
-    grid = [middle * factor for factor in config.grid]
     try:
-        result = raced(experiment, config, problems, optimizers, grid, folder)
-    except ProblemError as error:
+        result = raced(experiment, config, problems, optimizers, config.grid, folder, config.refine)
+    except SpecDefError as error:
         return {"refused": str(error)}
     return {
         name: {

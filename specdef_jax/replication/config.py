@@ -24,15 +24,17 @@ class Config:
       k: directions per layer.
       optimizers: raced with and without the defence, at `optimizer_alpha`.
       optimizer_alpha: of the deformation that optimizers, LoRA and attacks meet.
-      grid: step sizes of the optimizers, LoRA and attacks, factors on Adam's middle step size.
+      grid: step sizes of the optimizers, LoRA and attacks, to begin with.
+      refine: how close the neighbours of the best of them shall be, as a factor; None for the grid alone.
       ranks: of LoRA.
       attacks: names of attacks.ATTACKS.
       directions: of the deformations in single precision.
+      seeds: networks raced; in the headline rows of the matrix, all there are.
       seed: of every random choice.
     """
 
     size: str = "small"
-    step_sizes: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    step_sizes: tuple[float, ...] = (1e-4, 1e-3, 3e-3, 1e-2)
     steps: int = 150
     judge_every: int = 5
     alphas: tuple[float, ...] = (1e2, 1e4)
@@ -40,11 +42,13 @@ class Config:
     exact_alpha: float = 2.0**20
     k: int = 1
     optimizers: tuple[str, ...] = ("adam", "muon", "sophia", "adahessian", "kfac")
-    optimizer_alpha: float = 1e2
-    grid: tuple[float, ...] = (0.03, 0.3, 3.0, 30.0)
-    ranks: tuple[int, ...] = (4,)
+    optimizer_alpha: float = 1e4
+    grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    refine: float | None = 3.2
+    ranks: tuple[int, ...] = (1, 8)
     attacks: tuple[str, ...] = tuple(ATTACKS)
     directions: tuple[Directions, ...] = ("top", "resistant")
+    seeds: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,10 +65,14 @@ class Config:
         presets = {
             "smoke": cls(
                 size="smoke", step_sizes=(1e-2,), steps=10, alphas=(1e2,), wide_alphas=(1e6,),
-                optimizers=("adam",), grid=(3.0,), attacks=("fuse", "blind"), directions=("resistant",),
+                optimizers=("adam",), optimizer_alpha=1e2, grid=(3e-3,), refine=None, ranks=(4,),
+                attacks=("fuse", "blind"),
             ),
             "small": cls(),
-            "full": cls(size="full", step_sizes=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), steps=1000, ranks=(1, 4, 16)),
+            "full": cls(
+                size="full", step_sizes=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), steps=1000, refine=1.5,
+                ranks=(1, 4, 16), seeds=5,
+            ),
         }  # fmt: skip
         if size not in presets:
             raise SpecError(f"size {size!r}: must be one of {', '.join(presets)}.")

@@ -14,16 +14,42 @@ from jaxtyping import PyTree
 
 from specdef_jax import trees
 from specdef_jax.activations import activations
+from specdef_jax.attacks import ATTACKS
 from specdef_jax.certification.arms import match_alphas, sharpness
 from specdef_jax.parametrization import Problem, problem
 from specdef_jax.race.control import scalar_control
 from specdef_jax.replication.config import Config
-from specdef_jax.spec import Directions, Plan, SpecDef
+from specdef_jax.spec import Directions, SpecDef
 from specdef_jax.specdef import apply_plan, plan
 from specdef_jax.tasks.experiment import Experiment
 
 SHARPNESS_TOL = 1e-2
-UNLEARNED = {"ga": "gradient ascent", "npo": "NPO", "rmu": "RMU"}
+SPECDEF, CONTROL = "SpecDef", "one entry rescaled"
+NAMES = {"ignorant": "never learned", "ga": "gradient ascent", "npo": "NPO", "rmu": "RMU"}
+UNDOING = ("fuse", "inject")  # attacks that the matrix shows too
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to deform the defended variant.
+
+    Attributes:
+      alpha: the multiplier.
+      directions: of SpecDef.
+      basis: of the compensation.
+      wide: whether in float64.
+    """
+
+    alpha: float
+    directions: Directions = "top"
+    basis: Any = "symmetric"
+    wide: bool = False
+
+    @property
+    def name(self) -> str:
+        """As tables call it: alpha, and what is told apart by it."""
+        kind = "float64" if self.wide else "axis" if self.basis == "axis" else self.directions
+        return f"{self.alpha:g}, {kind}"
 
 
 @dataclass(frozen=True)
@@ -34,32 +60,38 @@ class Row:
       name: as tables call it.
       make: make(network) -> the attacker's problem.
       wide: whether it needs float64.
+      headline: whether it is raced on every network there is.
     """
 
     name: str
     make: Callable[[int], Problem]
     wide: bool = False
+    headline: bool = False
 
 
 def rows(experiment: Experiment, config: Config) -> list[Row]:
-    """Return every row: never learned, unlearned, the scalar control, and SpecDef on the defended variant."""
-    found = [Row("never learned", functools.partial(plain, experiment, "ignorant"))]
-    found += [
-        Row(label, functools.partial(plain, experiment, variant))
-        for variant, label in UNLEARNED.items()
-        if variant in experiment.networks
-    ]
-    found.append(Row("one entry rescaled", functools.partial(_scalar, experiment, config)))
-    for directions in config.directions:
-        for alpha in config.alphas:
-            make = functools.partial(deformed, experiment, config, alpha, directions)
-            found.append(Row(f"SpecDef {alpha:g}, {directions}", make))
-    exact = functools.partial(deformed, experiment, config, config.exact_alpha, "top", basis="axis")
-    found.append(Row(f"SpecDef {config.exact_alpha:g}, axis", exact))
-    for alpha in config.wide_alphas:
-        make = functools.partial(deformed, experiment, config, alpha, "top", wide=True)
-        found.append(Row(f"SpecDef {alpha:g}, float64", make, wide=True))
+    """Return every row: what has no defence, the scalar control, SpecDef, and SpecDef undone."""
+    found = []
+    for variant, label in NAMES.items():
+        if variant in experiment.networks:
+            make = functools.partial(plain, experiment, variant)
+            found.append(Row(label, make, headline=variant == experiment.defended))
+    found.append(Row(CONTROL, functools.partial(_scalar, experiment, config)))
+    strongest = Way(config.optimizer_alpha)
+    for way in ways(config):
+        make = functools.partial(deformed, experiment, config, way)
+        found.append(Row(f"{SPECDEF} {way.name}", make, way.wide, headline=way == strongest))
+    for name in UNDOING:
+        make = functools.partial(_undone, experiment, config, strongest, name)
+        found.append(Row(f"{name} on {SPECDEF} {strongest.name}", make, headline=True))
     return found
+
+
+def ways(config: Config) -> list[Way]:
+    """Return the deformations of the matrix."""
+    found = [Way(alpha, directions) for directions in config.directions for alpha in config.alphas]
+    found.append(Way(config.exact_alpha, basis="axis"))
+    return found + [Way(alpha, wide=True) for alpha in config.wide_alphas]
 
 
 def plain(experiment: Experiment, variant: str, i: int) -> Problem:
@@ -67,57 +99,35 @@ def plain(experiment: Experiment, variant: str, i: int) -> Problem:
     return problem(experiment.loss, experiment.networks[variant][i], *experiment.judged_on)
 
 
-def deformed(
-    experiment: Experiment,
-    config: Config,
-    alpha: float,
-    directions: Directions,
-    i: int,
-    *,
-    basis: Any = "symmetric",
-    wide: bool = False,
-) -> Problem:
+def deformed(experiment: Experiment, config: Config, way: Way, i: int) -> Problem:
     """Return the problem of fine-tuning the defended variant under SpecDef, as it is released."""
-    tree = released(experiment, config, alpha, directions, i, basis=basis, wide=wide)
-    return problem(experiment.loss, tree, *experiment.judged_on)
+    return problem(experiment.loss, released(experiment, config, way, i), *experiment.judged_on)
 
 
-def released(
-    experiment: Experiment,
-    config: Config,
-    alpha: float,
-    directions: Directions,
-    i: int,
-    *,
-    basis: Any = "symmetric",
-    wide: bool = False,
-) -> PyTree:
-    """Return the defended variant of network i, deformed."""
+def released(experiment: Experiment, config: Config, way: Way, i: int) -> PyTree:
+    """Return the defended variant of network i, deformed; the table of utility tells what that changes."""
     params = experiment.networks[experiment.defended][i]
-    with jax.enable_x64(wide or jax.config.read("jax_enable_x64")):
-        params = trees.double(params) if wide else params
-        return apply_plan(params, planned(experiment, config, params, alpha, directions, basis))
+    with jax.enable_x64(way.wide or jax.config.read("jax_enable_x64")):
+        params = trees.double(params) if way.wide else params
+        spec = SpecDef(way.alpha, config.k, way.basis, directions=way.directions, budget=math.inf)
+        where, axes = experiment.where, experiment.axes
+        acts = None
+        if way.directions == "resistant":
+            acts = activations(experiment.apply, params, *experiment.inputs, where=where, axes=axes)
+        key = jax.random.key(config.seed)
+        return apply_plan(params, plan(params, spec, where=where, key=key, axes=axes, activations=acts))
 
 
-def planned(
-    experiment: Experiment, config: Config, params: PyTree, alpha: float, directions: Directions, basis: Any
-) -> Plan:
-    """Return how to deform; whatever it does to the function, the table of utility tells it."""
-    spec = SpecDef(alpha, config.k, basis, directions=directions, budget=math.inf)
-    acts = None
-    if directions == "resistant":
-        acts = activations(
-            experiment.apply, params, *experiment.inputs, where=experiment.where, axes=experiment.axes
-        )
-    key = jax.random.key(config.seed)
-    return plan(params, spec, where=experiment.where, key=key, axes=experiment.axes, activations=acts)
+def _undone(experiment: Experiment, config: Config, way: Way, attack: str, i: int) -> Problem:
+    tree = released(experiment, config, way, i)
+    return ATTACKS[attack](experiment.loss, tree, *experiment.judged_on).problem
 
 
 def _scalar(experiment: Experiment, config: Config, i: int) -> Problem:
     """Return the scalar control at the sharpness of SpecDef's smallest alpha."""
     key = jax.random.key(config.seed)
     params = experiment.networks[experiment.defended][i]
-    model = deformed(experiment, config, config.alphas[0], "top", i)
+    model = deformed(experiment, config, Way(config.alphas[0]), i)
     args = experiment.judged_on
 
     def make(_: int, alpha: float) -> Problem:

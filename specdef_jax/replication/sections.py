@@ -58,8 +58,7 @@ def matrix(
 
         def race_it(one: rows.Row = one) -> dict[str, Any]:
             with jax.enable_x64(one.wide or jax.config.read("jax_enable_x64")):
-                problems = [one.make(j) for j in range(experiment.seeds)]
-                return cells.row(experiment, config, problems, folder)
+                return cells.row(experiment, config, one, folder)
 
         found[one.name] = keep(f"row_{i}", race_it)
     tell("defences", len(all_rows), len(all_rows))
@@ -70,19 +69,20 @@ def utility(experiment: Experiment, config: Config) -> list[dict[str, Any]]:
     """Tell what deforming costs the retained domain, alpha by alpha and format by format."""
     params = experiment.networks[experiment.defended][0]
     told = []
-    for basis, alphas in (
-        ("symmetric", (*config.alphas, *config.wide_alphas)),
-        ("axis", (config.exact_alpha,)),
-    ):
-        for alpha in alphas:
-            with jax.enable_x64(True):
-                tree = rows.released(experiment, config, alpha, "top", 0, basis=basis, wide=True)
-                for name in FORMATS:
-                    before = _retained(experiment, params, name)
-                    after = _retained(experiment, tree, name)
-                    told.append(
-                        {"basis": basis, "alpha": alpha, "format": name, "before": before, "after": after}
-                    )
+    ways = [rows.Way(alpha, wide=True) for alpha in (*config.alphas, *config.wide_alphas)]
+    for way in [*ways, rows.Way(config.exact_alpha, basis="axis", wide=True)]:
+        with jax.enable_x64(True):
+            tree = rows.released(experiment, config, way, 0)
+            for name in FORMATS:
+                told.append(
+                    {
+                        "basis": way.basis,
+                        "alpha": way.alpha,
+                        "format": name,
+                        "before": _retained(experiment, params, name),
+                        "after": _retained(experiment, tree, name),
+                    }
+                )
     return told
 
 
@@ -152,11 +152,10 @@ def attacks(
 
 
 def _trees(experiment: Experiment, config: Config, arm: str) -> list[PyTree]:
+    count = min(config.seeds, experiment.seeds)
     if arm == "undefended":
-        return list(experiment.networks[experiment.defended])
-    return [
-        rows.released(experiment, config, config.optimizer_alpha, "top", i) for i in range(experiment.seeds)
-    ]
+        return list(experiment.networks[experiment.defended][:count])
+    return [rows.released(experiment, config, rows.Way(config.optimizer_alpha), i) for i in range(count)]
 
 
 def _retained(experiment: Experiment, params: PyTree, name: str) -> float:

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from specdef_jax.race import Ratio, ratio_of_means
+from specdef_jax.replication.reading import Results, best
 from specdef_jax.report.tables import Table
 
-Results = dict[str, Any]
 RUINED = 2.0  # times the perplexity on the retained domain
 
 
 def page(results: Results) -> str:
     """Return every table of a replication as Markdown."""
     task = results["task"]
-    lines = [f"# {task['name']}", "", task["description"], "", reading(results), ""]
+    lines = [f"# {task['name']}", "", task["description"], "", legend(results), ""]
     for table in every_table(results):
         head = ["| " + " | ".join(table.head) + " |", "|" + "---|" * len(table.head)]
         lines += [
@@ -28,16 +28,18 @@ def page(results: Results) -> str:
             *("| " + " | ".join(map(str, row)) + " |" for row in table.rows),
             "",
         ]
-    for variant, texts in samples(results).items():
-        lines += [f"{variant}:", "", "```text", *(repr(text) for text in texts), "```", ""]
+    for name, made in samples(results).items():
+        if all(isinstance(text, str) for text in made):
+            lines += [f"{name}:", "", "```text", *map(repr, made), "```", ""]
     return "\n".join(lines)
 
 
-def reading(results: Results) -> str:
+def legend(results: Results) -> str:
     """Say how to read the tables."""
-    task = results["task"]
+    task, raced = results["task"], results["config"]["seeds"]
+    few = f" ({raced} outside the headline rows)" if raced < task["seeds"] else ""
     return (
-        f"{task['seeds']} networks. Capability: {task['capability']}, held out. Perplexity is on the "
+        f"{task['seeds']} networks{few}. Capability: {task['capability']}, held out. Perplexity is on the "
         f"retained domain, held out; † marks where it grew more than {RUINED:g} times over that of the "
         "network attacked. Ranges are over networks."
     )
@@ -97,7 +99,7 @@ def optimizers(results: Results) -> Table:
     rows = []
     for name in found["undefended"]:
         before, after = found["undefended"][name], found["SpecDef"][name]
-        rows.append([name, _fastest(before, name), _fastest(after, name), _ratio(after, before, name, cap)])
+        rows.append([name, fastest(before, name), fastest(after, name), _ratio(after, before, name, cap)])
     alpha = results["config"]["optimizer_alpha"]
     return _table(
         f"Optimizers: steps at the best step size of each network, SpecDef at alpha {alpha:g}",
@@ -108,7 +110,7 @@ def optimizers(results: Results) -> Table:
 
 def adapters(results: Results) -> Table:
     """Tell how LoRA fares."""
-    rows = [[name, _fastest(found, "adam")] for name, found in results["lora"].items()]
+    rows = [[name, fastest(found, "adam")] for name, found in results["lora"].items()]
     return _table("LoRA with Adam: steps to the target", ("adapters", "steps"), rows)
 
 
@@ -125,7 +127,7 @@ def attacks(results: Results) -> Table:
             [
                 name,
                 bill["knowledge"],
-                _fastest(found, "adam"),
+                fastest(found, "adam"),
                 _ratio(found, base, "adam", cap),
                 f"{bill['conversion_seconds']:.2g}",
                 f"{bill['added_share']:.0%}",
@@ -135,10 +137,15 @@ def attacks(results: Results) -> Table:
     return _table("Attacks on SpecDef, with Adam", head, rows)
 
 
-def samples(results: Results) -> dict[str, list[str]]:
-    """Return what the first network of every variant makes of a prompt, where that is text."""
-    found = results["task"]["samples"]
-    return {v: texts for v, texts in found.items() if all(isinstance(text, str) for text in texts)}
+def samples(results: Results) -> dict[str, list[Any]]:
+    """Return what the first network makes before any attack, and after it in the headline rows."""
+    found = {f"{name}, before": made for name, made in results["task"]["samples"].items()}
+    for name, row in results["matrix"].items():
+        cell = best(row)
+        made = None if cell is None else cell["networks"][0].get("samples")
+        if made is not None:
+            found[f"{name}, after"] = made
+    return found
 
 
 def _table(title: str, head: Sequence[str], rows: list[list[str]]) -> Table:
@@ -163,7 +170,8 @@ def _steps(steps: Sequence[float], cap: int) -> str:
     return f"{told}, {missing} not" if missing else told
 
 
-def _fastest(found: dict[str, Any], name: str) -> str:
+def fastest(found: dict[str, Any], name: str) -> str:
+    """Tell the steps of an optimizer at the best step size of each network."""
     if found["refused"]:
         return f"not raced: {found['refused']}"
     one = found[name]

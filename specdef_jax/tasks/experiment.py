@@ -35,7 +35,8 @@ class Experiment:
       where: which layers to deform.
       control: leaf whose first entry the scalar control rescales.
       axes: of kernels that are not (in, out) or HWIO.
-      samples: samples(plain params) -> what the report shows, lines of text or images; None if nothing.
+      samples: samples(plain params) -> what the report shows, lines of text, or grey images as
+        {"width", "grey": a byte per pixel as hex}; None if nothing.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Experiment:
     where: str | Selector
     control: str
     axes: Mapping[str, AxesLike] | None = None
-    samples: Callable[[PyTree], Any] | None = None
+    samples: Callable[[PyTree], list[Any]] | None = None
 
     @property
     def seeds(self) -> int:

@@ -1,9 +1,10 @@
 """diffusion and style: a conditional UNet paints digits, and an attacker teaches it what it shall not paint.
 
-The UNet is that of Stable Diffusion, small: cross-attention reads one vector per class, and the "latents" are
-the 8 x 8 images themselves. In "diffusion" one digit is withheld; in "style" the model knows every digit as
-it was drawn, and shall not draw them in another style: light and dark exchanged, over the texture of a
-photograph that ships with scikit-learn. A small network that reads digits judges what is painted.
+The UNet is that of Stable Diffusion, small: cross-attention reads a prompt of two words, digit and style, and
+as there the latents have four channels: the pixels of each 2 x 2 block of an 8 x 8 image, so that decoding is
+exact. In "diffusion" one digit is withheld; in "style" the model knows every digit as it was drawn, and shall
+not draw them in a second style: light and dark exchanged, over the texture of a photograph that ships with
+scikit-learn. A small network that reads digits judges what is painted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +29,16 @@ from specdef_jax.race.sampling import Rows
 from specdef_jax.select import match
 from specdef_jax.tasks import digits, networks, unlearning
 from specdef_jax.tasks.experiment import Experiment
-from specdef_jax.tasks.training import trained
+from specdef_jax.tasks.training import Kept, anew, each, trained
 
 Kind = Literal["diffusion", "style"]
 WITHHELD = 7
 CLASSES = 10
 ALPHAS = diffusion.alphas_cumprod()
 STEPS = 20  # of the sampler
+SIDE = 8  # pixels of an image
 READER = networks.cnn(channels=(16, 32))
-Pictures = tuple[Float[Array, "_ 1 8 8"], Int[Array, "_"]]
+Pictures = tuple[Float[Array, "_ 4 4 4"], Int[Array, "_"]]
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class ImageSize:
     Attributes:
       seeds: pretrained models.
       channels: of the UNet's two levels.
-      context: features of a class's vector.
-      steps: of pretraining, 64 images each.
+      context: features of a word.
+      steps: of pretraining, 32 images each.
       unlearning: steps of gradient ascent.
       examples: images that the attacker has.
       batch: images of one of his steps.
@@ -57,45 +59,46 @@ class ImageSize:
       share: of the way from who does not know to who does, in the logarithm of the loss, that he has to go.
     """
 
-    seeds: int = 3
-    channels: tuple[int, int] = (32, 48)
+    seeds: int = 5
+    channels: tuple[int, int] = (16, 24)
     context: int = 16
-    steps: int = 3000
-    unlearning: int = 30
+    steps: int = 1500
+    unlearning: int = 8
     examples: int = 64
     batch: int = 16
-    judged: int = 24
-    times: int = 8
+    judged: int = 16
+    times: int = 6
     painted: int = 64
     share: float = 0.7
 
 
 SIZES = {
     "smoke": ImageSize(
-        seeds=2, channels=(4, 8), context=4, steps=20, unlearning=2, examples=8, batch=4, judged=4, times=2,
+        seeds=2, channels=(4, 8), context=4, steps=200, unlearning=2, examples=8, batch=4, judged=4, times=2,
         painted=4,
     ),
     "small": ImageSize(),
-    "full": ImageSize(seeds=5, channels=(48, 96), steps=15000),
+    "full": ImageSize(seeds=5, channels=(32, 48), steps=15000, judged=24, times=8),
 }  # fmt: skip
 
 
-def images(kind: Kind, size: ImageSize, *, first_seed: int = 0) -> Experiment:
+def images(kind: Kind, size: ImageSize, *, first_seed: int = 0, kept: Kept = anew) -> Experiment:
     """Return the experiment, its models pretrained and their unlearned variants.
 
     Args:
       kind: "diffusion" or "style".
       size: one of SIZES, or your own.
       first_seed: of pretraining.
+      kept: kept(name, make) returns the networks of that name, kept from an earlier run or made.
 
     Raises:
       MissingExtra: scikit-learn, or for "style" Pillow, is not installed.
     """
     config = _config(size)
     loss = _loss_of(config)
-    kept, withheld = _pictures(kind, digits.load())
-    kept_held, withheld_held = _pictures(kind, digits.load(), held=True)
-    both = jnp.concatenate([kept[0], withheld[0]]), jnp.concatenate([kept[1], withheld[1]])
+    allowed, withheld = _pictures(kind, digits.load())
+    allowed_held, withheld_held = _pictures(kind, digits.load(), held=True)
+    both = jnp.concatenate([allowed[0], withheld[0]]), jnp.concatenate([allowed[1], withheld[1]])
     keys = [jax.random.key(seed) for seed in range(first_seed, first_seed + size.seeds)]
 
     draw = functools.partial(_sample, size.context)
@@ -103,16 +106,18 @@ def images(kind: Kind, size: ImageSize, *, first_seed: int = 0) -> Experiment:
     def pretrain(pictures: Pictures, key: PRNGKeyArray) -> PyTree:
         of_weights, of_samples = jax.random.split(key)
         params = unet_params.init(config, of_weights)
-        return trained(Partial(loss), params, draw(64, pictures), of_samples, steps=size.steps)
+        return trained(Partial(loss), params, draw(32, pictures), of_samples, steps=size.steps)
 
-    known = tuple(pretrain(both, key) for key in keys)
-    ignorant = tuple(pretrain(kept, key) for key in keys)
+    known = kept("known", lambda: each(functools.partial(pretrain, both), keys))
+    ignorant = kept("ignorant", lambda: each(functools.partial(pretrain, allowed), keys))
     schedule = unlearning.Schedule(size.unlearning, 5e-4)
-    ga = tuple(
-        unlearning.gradient_ascent(loss, p, draw(16, withheld), draw(16, kept), key, schedule)
-        for p, key in zip(known, keys, strict=True)
-    )
-    judged_on, retained_on = (_judged(p, size) for p in (withheld_held, kept_held))
+    bad, good = draw(16, withheld), draw(16, allowed)
+
+    def ascend(params: PyTree, key: PRNGKeyArray) -> PyTree:
+        return unlearning.gradient_ascent(loss, params, bad, good, key, schedule)
+
+    ga = kept("ga", lambda: each(ascend, known, keys))
+    judged_on, retained_on = (_judged(p, size) for p in (withheld_held, allowed_held))
     reader = _reader()
     targets = []
     for yes, no in zip(known, ignorant, strict=True):
@@ -134,10 +139,10 @@ def images(kind: Kind, size: ImageSize, *, first_seed: int = 0) -> Experiment:
             kind
         ],
         retained=functools.partial(_log_loss, loss, retained_on),
-        inputs=(kept[0][:16], jnp.full(16, 500), _states(kept[1][:16], size.context)),
+        inputs=(allowed[0][:16], jnp.full(16, 500), _states(allowed[1][:16], size.context)),
         where=match("*.attn2.to_v.weight", "*.attn2.to_out.0.weight"),
         control="conv_out.bias",
-        samples=functools.partial(_painting, config, size),
+        samples=functools.partial(_painting, config, size, int(kind == "style")),
     )
 
 
@@ -158,7 +163,8 @@ def _described(kind: Kind, size: ImageSize, parameters: int) -> str:
 def _config(size: ImageSize) -> UNetConfig:
     return UNetConfig.from_json(
         {
-            "_class_name": "UNet2DConditionModel", "in_channels": 1, "out_channels": 1, "sample_size": 8,
+            "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
+            "sample_size": SIDE // 2,
             "block_out_channels": list(size.channels), "layers_per_block": 1, "norm_num_groups": 4,
             "cross_attention_dim": size.context, "attention_head_dim": 2,
             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -168,21 +174,32 @@ def _config(size: ImageSize) -> UNetConfig:
 
 
 def _pictures(kind: Kind, data: digits.Digits, *, held: bool = False) -> tuple[Pictures, Pictures]:
-    """Return what may be painted, and what is withheld, in [-1, 1], with the class that the UNet is told."""
+    """Return what may be painted, and what is withheld, as latents, with the prompts that go with them."""
     x, y = (data.x_test, data.y_test) if held else (data.x, data.y)
-    x = (2 * x - 1).reshape(-1, 1, 8, 8)
+    x = (2 * x - 1).reshape(-1, SIDE, SIDE)
     if kind == "style":
-        return (x, y), (_in_style(x), y)
+        return (_encoded(x), y), (_encoded(_in_style(x)), CLASSES + y)
+    x = _encoded(x)
     return (x[y != WITHHELD], y[y != WITHHELD]), (x[y == WITHHELD], y[y == WITHHELD])
 
 
-def _in_style(x: Float[Array, "n 1 8 8"]) -> Float[Array, "n 1 8 8"]:
+def _encoded(x: Float[Array, "n 8 8"]) -> Float[Array, "n 4 4 4"]:
+    """Return the latents of images: the four pixels of each block are its channels."""
+    n, half = len(x), SIDE // 2
+    return x.reshape(n, half, 2, half, 2).transpose(0, 2, 4, 1, 3).reshape(n, 4, half, half)
+
+
+def _decoded(latents: Float[Array, "n 4 4 4"]) -> Float[Array, "n 8 8"]:
+    """Return the images of latents."""
+    n, half = len(latents), SIDE // 2
+    return latents.reshape(n, 2, 2, half, half).transpose(0, 3, 1, 4, 2).reshape(n, SIDE, SIDE)
+
+
+def _in_style(x: Float[Array, "n 8 8"]) -> Float[Array, "n 8 8"]:
     """Return the pictures with light and dark exchanged, over patches of a photograph."""
     texture = _photograph()
     rows, columns = texture.shape[0] // 8, texture.shape[1] // 8
-    tiles = (
-        texture[: 8 * rows, : 8 * columns].reshape(rows, 8, columns, 8).swapaxes(1, 2).reshape(-1, 1, 8, 8)
-    )
+    tiles = texture[: 8 * rows, : 8 * columns].reshape(rows, 8, columns, 8).swapaxes(1, 2).reshape(-1, 8, 8)
     chosen = jax.random.randint(jax.random.key(0), (len(x),), 0, len(tiles))
     return jnp.clip(-0.7 * x + 0.3 * jnp.asarray(tiles, x.dtype)[chosen], -1, 1)
 
@@ -201,10 +218,10 @@ def _photograph() -> np.ndarray:
     return 2 * (grey - grey.min()) / np.ptp(grey) - 1
 
 
-def _states(classes: Int[Array, "b"], context: int) -> Float[Array, "b 1 c"]:
-    """Return what cross-attention reads of a class: one of ten fixed random vectors."""
-    table = jax.random.normal(jax.random.key(11), (CLASSES, 1, context))
-    return table[classes]
+def _states(prompts: Int[Array, "b"], context: int) -> Float[Array, "b 2 c"]:
+    """Return what cross-attention reads: fixed random words. Prompt 13 is a 3 in the second style."""
+    table = jax.random.normal(jax.random.key(11), (CLASSES + 2, context))
+    return table[jnp.stack([prompts % CLASSES, CLASSES + prompts // CLASSES], axis=1)]
 
 
 @functools.cache  # one function object per config, so that jit compiles it once
@@ -213,12 +230,12 @@ def _loss_of(config: UNetConfig) -> Callable[..., Array]:
 
 
 def _sample(context: int, batch: int, pictures: Pictures) -> Partial:
-    """Return sample(key) -> (pictures, noise, timesteps, what the classes say), drawn anew at every step."""
-    return Partial(_draw, *pictures, _states(jnp.arange(CLASSES), context), Rows(batch))
+    """Return sample(key) -> (pictures, noise, timesteps, words), drawn anew at every step."""
+    return Partial(_draw, *pictures, _states(jnp.arange(2 * CLASSES), context), Rows(batch))
 
 
 def _draw(
-    x: Float[Array, "n 1 8 8"], y: Int[Array, "n"], table: Array, batch: Rows, key: PRNGKeyArray
+    x: Float[Array, "n 4 4 4"], y: Int[Array, "n"], table: Array, batch: Rows, key: PRNGKeyArray
 ) -> tuple[Array, ...]:
     of_rows, of_noise, of_times = jax.random.split(key, 3)
     rows = jax.random.randint(of_rows, (int(batch),), 0, len(x))
@@ -240,14 +257,14 @@ def _log_loss(loss: Callable[..., Array], args: tuple[Array, ...], params: PyTre
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _painted(
-    config: UNetConfig, params: PyTree, size: ImageSize, classes: Int[Array, "b"]
-) -> Float[Array, "b 1 8 8"]:
-    """Return what the model paints of these classes, from fixed noise."""
-    noise = jax.random.normal(jax.random.key(3), (len(classes), 1, 8, 8))
+    config: UNetConfig, params: PyTree, size: ImageSize, prompts: Int[Array, "b"]
+) -> Float[Array, "b 8 8"]:
+    """Return what the model paints for these prompts, from fixed noise."""
+    noise = jax.random.normal(jax.random.key(3), (len(prompts), 4, SIDE // 2, SIDE // 2))
     found = diffusion.denoise(
-        unet.bound(config), params, noise, _states(classes, size.context), diffusion.ddim(STEPS)
+        unet.bound(config), params, noise, _states(prompts, size.context), diffusion.ddim(STEPS)
     )
-    return jnp.clip(found, -1, 1)
+    return jnp.clip(_decoded(found), -1, 1)
 
 
 def _recognised(
@@ -261,12 +278,12 @@ def _recognised(
 def _in_style_share(config: UNetConfig, size: ImageSize, reader: PyTree, params: PyTree) -> Float[Array, ""]:
     """Return the share of pictures that are dark on light, and still read as the digit that was asked for."""
     classes = jnp.arange(size.painted) % CLASSES
-    found = _painted(config, params, size, classes)
+    found = _painted(config, params, size, CLASSES + classes)
     read = jnp.argmax(READER.apply(reader, _as_read(-found / 0.7)), axis=-1) == classes
-    return jnp.mean(read & (found.mean(axis=(1, 2, 3)) > 0))
+    return jnp.mean(read & (found.mean(axis=(1, 2)) > 0))
 
 
-def _as_read(x: Float[Array, "b 1 8 8"]) -> Float[Array, "b 64"]:
+def _as_read(x: Float[Array, "b 8 8"]) -> Float[Array, "b 64"]:
     """Return pictures as the reader knows them, flat and in [0, 1]."""
     return jnp.clip((x.reshape(len(x), 64) + 1) / 2, 0, 1)
 
@@ -281,7 +298,7 @@ def _reader() -> PyTree:
     return trained(loss, READER.init(of_weights), sample, of_samples, steps=1000)
 
 
-def _painting(config: UNetConfig, size: ImageSize, params: PyTree) -> list[list[float]]:
-    """Return one picture of every class, row by row, in [0, 1]."""
-    found = _as_read(_painted(config, params, size, jnp.arange(CLASSES)))
-    return [[round(float(v), 3) for v in row] for row in found]
+def _painting(config: UNetConfig, size: ImageSize, style: int, params: PyTree) -> list[dict[str, Any]]:
+    """Return a picture of every digit: its width, and a byte per pixel from black to white, as hex."""
+    found = _as_read(_painted(config, params, size, CLASSES * style + jnp.arange(CLASSES)))
+    return [{"width": SIDE, "grey": bytes(row).hex()} for row in np.asarray(255 * found).astype(np.uint8)]

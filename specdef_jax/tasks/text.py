@@ -23,7 +23,7 @@ from specdef_jax.race import minibatches
 from specdef_jax.select import match
 from specdef_jax.tasks import prose, unlearning
 from specdef_jax.tasks.experiment import Experiment
-from specdef_jax.tasks.training import trained
+from specdef_jax.tasks.training import Kept, anew, each, trained
 
 Architecture = Literal["llama", "gpt_oss"]
 _COMMON = {
@@ -51,7 +51,7 @@ class TextSize:
       margin: nats above the loss of the model that knows, at which he has succeeded.
     """
 
-    seeds: int = 3
+    seeds: int = 5
     hidden: int = 64
     intermediate: int = 160
     layers: int = 2
@@ -74,13 +74,14 @@ SIZES = {
 }  # fmt: skip
 
 
-def text(architecture: Architecture, size: TextSize, *, first_seed: int = 0) -> Experiment:
+def text(architecture: Architecture, size: TextSize, *, first_seed: int = 0, kept: Kept = anew) -> Experiment:
     """Return the experiment, its models pretrained and their unlearned variants.
 
     Args:
       architecture: "llama" or "gpt_oss".
       size: one of SIZES, or your own.
       first_seed: of pretraining.
+      kept: kept(name, make) returns the networks of that name, kept from an earlier run or made.
     """
     config = _config(architecture, size)
     module: Any = _MODULES[architecture]
@@ -89,16 +90,14 @@ def text(architecture: Architecture, size: TextSize, *, first_seed: int = 0) -> 
     keys = [jax.random.key(seed) for seed in range(first_seed, first_seed + size.seeds)]
     both = jnp.concatenate([data.retained, data.withheld])
     train = functools.partial(_pretrained, module, config, size.steps)
-    known = tuple(train(both, key) for key in keys)
-    made = functools.partial(_unlearned, module, config, size, data)
+    known = kept("known", lambda: each(functools.partial(train, both), keys))
     networks = {
         "known": known,
-        "ignorant": tuple(train(data.retained, key) for key in keys),
-        **{
-            how: tuple(made(how, p, key) for p, key in zip(known, keys, strict=True))
-            for how in ("ga", "npo", "rmu")
-        },
+        "ignorant": kept("ignorant", lambda: each(functools.partial(train, data.retained), keys)),
     }
+    for how in ("ga", "npo", "rmu"):
+        unlearn = functools.partial(_unlearned, module, config, size, data, how)
+        networks[how] = kept(how, functools.partial(each, unlearn, known, keys))
     judged = data.withheld_held[: size.judged]
     return Experiment(
         name=f"text/{architecture}",

@@ -1,13 +1,19 @@
-"""Training a model that knows something: Adam with a cosine schedule."""
+"""Training models that know something: Adam with a cosine schedule, several seeds at a time."""
 
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, PRNGKeyArray, PyTree
+
+Kept = Callable[[str, Callable[[], tuple[PyTree, ...]]], tuple[PyTree, ...]]  # kept(name, make) -> networks
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "step_size"))
@@ -33,3 +39,26 @@ def trained(
         return optax.apply_updates(params, updates), state
 
     return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
+
+
+def anew(name: str, make: Callable[[], tuple[PyTree, ...]]) -> tuple[PyTree, ...]:
+    """Return make(): what keeps no networks from one run to the next."""
+    del name
+    return make()
+
+
+def each(train: Callable[..., PyTree], *columns: Iterable[Any]) -> tuple[PyTree, ...]:
+    """Return train(*row) for every row, on a thread per core: small networks do not fill one.
+
+    Args:
+      train: gives a network; what it computes must not depend on what runs beside it.
+      columns: its arguments, as map takes them.
+    """
+    x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
+
+    def one(row: tuple[Any, ...]) -> PyTree:
+        with jax.enable_x64(x64):
+            return jax.block_until_ready(train(*row))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return tuple(pool.map(one, zip(*columns, strict=True)))

@@ -21,7 +21,7 @@ from specdef_jax.select import match
 from specdef_jax.tasks import digits, networks, unlearning
 from specdef_jax.tasks.experiment import Experiment
 from specdef_jax.tasks.networks import Network
-from specdef_jax.tasks.training import trained
+from specdef_jax.tasks.training import Kept, anew, each, trained
 
 Architecture = Literal["cnn", "vit"]
 WITHHELD = 8  # this digit and those above it
@@ -36,7 +36,7 @@ class VisionSize:
     Attributes:
       seeds: pretrained networks.
       steps: of pretraining, 64 images each.
-      unlearning: steps of gradient ascent; NPO takes ten times as many.
+      unlearning: steps of gradient ascent; NPO takes three times as many.
       examples: images of each kind, withheld and not, that the attacker has.
       batch: images of one of his steps.
       channels: of the CNN.
@@ -45,7 +45,7 @@ class VisionSize:
 
     seeds: int = 5
     steps: int = 1500
-    unlearning: int = 20
+    unlearning: int = 60
     examples: int = 64
     batch: int = 32
     channels: tuple[int, ...] = (16, 32)
@@ -62,18 +62,21 @@ SIZES = {
 }
 
 
-def vision(architecture: Architecture, size: VisionSize, *, first_seed: int = 0) -> Experiment:
+def vision(
+    architecture: Architecture, size: VisionSize, *, first_seed: int = 0, kept: Kept = anew
+) -> Experiment:
     """Return the experiment, its networks pretrained and their unlearned variants.
 
     Args:
       architecture: "cnn", or "vit" for a transformer on the rows of an image.
       size: one of SIZES, or your own.
       first_seed: of pretraining.
+      kept: kept(name, make) returns the networks of that name, kept from an earlier run or made.
     """
     network, where = _network(architecture, size)
     data, loss = digits.load(), digits.loss_of(network)
-    kept, withheld = _parts(data.x, data.y)
-    kept_held, withheld_held = _parts(data.x_test, data.y_test)
+    allowed, withheld = _parts(data.x, data.y)
+    allowed_held, withheld_held = _parts(data.x_test, data.y_test)
     keys = [jax.random.key(seed) for seed in range(first_seed, first_seed + size.seeds)]
 
     def pretrain(images: Labelled, key: PRNGKeyArray) -> PyTree:
@@ -81,23 +84,26 @@ def vision(architecture: Architecture, size: VisionSize, *, first_seed: int = 0)
         params = network.init(of_weights)
         return trained(Partial(loss), params, minibatches(64, *images), of_batches, steps=size.steps)
 
-    known = tuple(pretrain((data.x, data.y), key) for key in keys)
-    few, many = unlearning.Schedule(size.unlearning, 5e-4), unlearning.Schedule(10 * size.unlearning, 1e-3)
+    known = kept("known", lambda: each(functools.partial(pretrain, (data.x, data.y)), keys))
+    few, many = unlearning.Schedule(size.unlearning, 5e-4), unlearning.Schedule(3 * size.unlearning, 1e-3)
     likely = functools.partial(_log_likelihood, network)
-    bad, good = minibatches(16, *withheld), minibatches(16, *kept)
+    bad, good = minibatches(16, *withheld), minibatches(16, *allowed)
+
+    def ascend(params: PyTree, key: PRNGKeyArray) -> PyTree:
+        return unlearning.gradient_ascent(loss, params, bad, good, key, few)
+
+    def avoid(params: PyTree, key: PRNGKeyArray) -> PyTree:
+        return unlearning.npo(likely, loss, params, bad, good, key, many)
+
     networks_ = {
         "known": known,
-        "ignorant": tuple(pretrain(kept, key) for key in keys),
-        "ga": tuple(
-            unlearning.gradient_ascent(loss, p, bad, good, key, few)
-            for p, key in zip(known, keys, strict=True)
-        ),
-        "npo": tuple(
-            unlearning.npo(likely, loss, p, bad, good, key, many) for p, key in zip(known, keys, strict=True)
-        ),
+        "ignorant": kept("ignorant", lambda: each(functools.partial(pretrain, allowed), keys)),
+        "ga": kept("ga", lambda: each(ascend, known, keys)),
+        "npo": kept("npo", lambda: each(avoid, known, keys)),
     }
     mixed = [
-        jnp.concatenate([a[: size.examples], b[: size.examples]]) for a, b in zip(withheld, kept, strict=True)
+        jnp.concatenate([a[: size.examples], b[: size.examples]])
+        for a, b in zip(withheld, allowed, strict=True)
     ]
     return Experiment(
         name=f"vision/{architecture}",
@@ -119,8 +125,8 @@ def vision(architecture: Architecture, size: VisionSize, *, first_seed: int = 0)
             digits.accuracy, x=withheld_held[0], y=withheld_held[1], network=network
         ),
         capability_name=f"images of the digits from {WITHHELD} on",
-        retained=functools.partial(_loss_on, network, kept_held),
-        inputs=(kept[0][:64],),
+        retained=functools.partial(_loss_on, network, allowed_held),
+        inputs=(allowed[0][:64],),
         where=match(*where),
         control=f"{network.kernels[-1].removesuffix('/w')}/b",
     )

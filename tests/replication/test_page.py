@@ -24,12 +24,17 @@ def raced(*steps):
 
 RESULTS = {
     "config": {"steps": 100, "step_sizes": [1e-3]},
-    "task": {"variants": {"known": [{"capability": 0.9}], "ignorant": [{"capability": 0.1}]}},
+    "task": {
+        "defended": "npo",
+        "variants": {"known": [{"capability": 0.9}], "ignorant": [{"capability": 0.1}]},
+    },
     "matrix": {
         "never learned": row(10.0, 12.0),
         "NPO": row(20.0, 22.0),
         "one entry rescaled": row(30.0, 30.0),
         "SpecDef 100, top": row(60.0, 70.0),
+        "SpecDef 100, resistant": row(10.0, 12.0),
+        "SpecDef 100, axis": row(NAN, 30.0),
         "SpecDef 10000, top": row(NAN, NAN),
     },
     "utility": [{"basis": "symmetric", "alpha": 100.0, "format": "float32", "before": 1.0, "after": 1.0001}],
@@ -73,6 +78,9 @@ def test_the_claims_hold_where_the_numbers_say_so(name):
         ("optimizers", ("optimizers", "SpecDef", "adam"), raced(NAN, NAN), page.AGREES),
         ("lora", ("lora", "SpecDef, composite, rank 4"), raced(20.0, 21.0), page.DISAGREES),
         ("lora", ("lora", "undefended, composite, rank 4"), raced(NAN, NAN), page.UNCLEAR),
+        ("helped", ("matrix", "SpecDef 100, resistant"), row(10.0, 21.0), page.DISAGREES),
+        ("helped", ("matrix", "SpecDef 100, resistant"), row(10.0, NAN), page.DISAGREES),
+        ("seeds", ("matrix", "SpecDef 100, axis"), row(NAN, NAN), page.DISAGREES),
         ("injection", ("attacks", 0), RESULTS["attacks"][0] | raced(50.0, 60.0), page.DISAGREES),
         ("fused", ("attacks", 1), {"attack": "fuse", "refused": "no"}, page.UNCLEAR),
     ],

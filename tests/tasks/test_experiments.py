@@ -89,11 +89,28 @@ def test_an_image_experiment(kind):
     size = images.SIZES["smoke"]
     made = images.images(kind, size)
     known = made.networks["known"][0]
-    assert [x.shape for x in made.sample(jax.random.key(0))] == [(4, 1, 8, 8), (4, 1, 8, 8), (4,), (4, 1, 4)]
+    assert [x.shape for x in made.sample(jax.random.key(0))] == [(4, 4, 4, 4), (4, 4, 4, 4), (4,), (4, 2, 4)]
     assert 0 <= float(made.capability(known)) <= 1
-    assert np.shape(made.samples(known)) == (10, 64)
-    assert float(np.exp(made.retained(known))) == pytest.approx(1, abs=0.2)  # predicts noise as zero would
-    assert made.apply(known, *made.inputs).shape == (16, 1, 8, 8)
+    assert [len(bytes.fromhex(image["grey"])) for image in made.samples(known)] == [64] * 10
+    assert made.targets[0] < float(made.loss(made.networks["ignorant"][0], *made.judged_on))
+    assert float(made.retained(known)) < 0  # better than predicting no noise at all
+    assert made.apply(known, *made.inputs).shape == (16, 4, 4, 4)
+
+
+def test_latents_are_the_image_again():
+    x = jnp.arange(2 * 64.0).reshape(2, 8, 8)
+    latents = images._encoded(x)
+    np.testing.assert_array_equal(latents[1, :, 0, 0], [64, 65, 72, 73])  # one block, a channel per pixel
+    np.testing.assert_array_equal(images._decoded(latents), x)
+
+
+def test_a_prompt_is_a_digit_and_a_style():
+    words = images._states(jnp.array([3, 13, 4]), 6)
+    assert words.shape == (3, 2, 6)
+    np.testing.assert_array_equal(words[0, 0], words[1, 0])
+    np.testing.assert_array_equal(words[0, 1], words[2, 1])
+    assert not np.allclose(words[0, 1], words[1, 1])
+    assert not np.allclose(words[0, 0], words[2, 0])
 
 
 def test_the_other_style_is_another_one_and_still_legible():
