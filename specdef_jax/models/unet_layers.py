@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from specdef_jax.convolution import Padding, by_windows
 from specdef_jax.errors import StructureError
 from specdef_jax.models.linear import linear
 from specdef_jax.parametrization import Deformed, KernelAxes, full_precision_matmul, is_structured
@@ -27,7 +28,6 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
 }
-Padding = tuple[tuple[int, int], tuple[int, int]]
 SAME: Padding = ((1, 1), (1, 1))
 NONE: Padding = ((0, 0), (0, 0))
 
@@ -83,23 +83,11 @@ def _convolve(
     height, width, n, m = kernel.shape
     if (height, width, stride) == (1, 1, 1):
         return jnp.matmul(x, kernel.reshape(n, m), precision=precision)
-    if x.dtype == jnp.float64:
-        # XLA's convolutions in float64 run one multiplication at a time on a CPU: fifty times slower.
-        return _by_windows(x, kernel, stride, padding, precision)
+    if x.dtype == jnp.float64 or jax.default_backend() == "cpu":
+        return by_windows(x, kernel, stride, padding, precision)
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
     )
-
-
-def _by_windows(x: Array, kernel: Array, stride: int, padding: Padding, precision: Any) -> Array:
-    """Convolve by one product with the stacked windows."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    for axis, size in ((1, kernel.shape[0]), (2, kernel.shape[1])):
-        last = (x.shape[axis] - size) // stride * stride
-        x = jnp.stack(
-            [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(size)], axis=x.ndim - 1
-        )
-    return jnp.einsum("bhwijc,ijcf->bhwf", x, kernel, precision=precision)
 
 
 def group_norm(
