@@ -9,21 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, machine
-from specdef_jax.certification.store import loads
+from benchmarks._harness import machine
+from benchmarks._replications import SYSTEMS, kept, undefended
 from specdef_jax.race import Ratio, ratio_of_means
 from specdef_jax.replication import tables
 from specdef_jax.replication.reading import Results, best, capability, median, steps
-from specdef_jax.replication.rows import NAMES
 
-SYSTEMS = {
-    "text/llama": "Llama",
-    "text/gpt_oss": "GPT-OSS",
-    "vision/cnn": "CNN",
-    "vision/vit": "ViT",
-    "diffusion": "Stable Diffusion",
-    "style": "style transfer",
-}
+SLOWED = 1.1  # times the steps: less is no defence
 PUBLISHED = (
     "The paper's own table, Llama 3.1 8B on WMDP-bio, steps / accuracy at step sizes 1e-6, 1e-5 and 3e-5:",
     "original 93 / .607, 20 / .629, 10 / .609; ELM 120 / .607, 23 / .621, 20 / .671; RepNoise 510 / .468,",
@@ -50,7 +42,7 @@ class Claim:
 
 def page() -> str:
     """Return docs/replication.md."""
-    found = [loads(path.read_text(), str(path)) for path in sorted(RESULTS.glob("replication_*.json"))]
+    found = kept()
     lines = [
         "# The paper's experiments in miniature",
         "",
@@ -67,7 +59,12 @@ def page() -> str:
         body = tables.page(results).split("\n")
         lines += ["", f"#{body[0]}", *(f"#{line}" if line.startswith("#") else line for line in body[1:])]
         lines += [f"![Relearning, defence by defence](../benchmarks/results/replication_{name}.svg)", ""]
-        lines += [f"({machine(results)}; {results.get('seconds', math.nan) / 60:.0f} minutes.)"]
+        share, minutes = results["step_share"], sum(results["seconds"].values()) / 60
+        lines += [
+            f"({machine(results)}; two tasks at a time, a core each; {minutes:.0f} minutes. Training steps "
+            f"run at {share['median']:.0%} [{share['lowest']:.0%}, {share['highest']:.0%}] of the speed of "
+            "bare jitted steps of optax.)"
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -88,7 +85,7 @@ def _systems(found: list[Results]) -> list[str]:
         name = results["task"]["name"]
         rows = results["matrix"]
         arms = (
-            _undefended(results),
+            undefended(results),
             rows[f"SpecDef {alpha:g}, top"],
             rows[f"fuse on SpecDef {alpha:g}, top"],
         )
@@ -206,35 +203,37 @@ def _optimizers(results: Results) -> tuple[str, str]:
         ratio = ratio_of_means(np.array(after[name]["steps"]), np.array(before[name]["steps"]), cap)
         edge = before[name]["at_edge"] or after[name]["at_edge"]
         told.append(f"{name} {ratio}{' (edge)' if edge else ''}")
-        slow.append(None if edge else ratio.low > 1)
+        slow.append(None if edge else ratio.low > SLOWED)
     judged = [s for s in slow if s is not None]  # at the edge of its grid an optimizer may have a better step
     verdict = UNCLEAR if not judged else AGREES if all(judged) else UNCLEAR if any(judged) else DISAGREES
     return verdict, f"steps over undefended: {', '.join(told)}"
 
 
 def _lora(results: Results) -> tuple[str, str]:
-    cap, base = results["config"]["steps"], None
-    told = []
-    for name, found in results["lora"].items():
-        if found["refused"]:
+    """Compare adapters of one rank with adapters of that rank on the undefended network."""
+    cap, told, slow = results["config"]["steps"], [], []
+    for rank in results["config"]["ranks"]:
+        base = results["lora"][f"undefended, composite, rank {rank}"]
+        if base["refused"] or np.isnan(base["adam"]["steps"]).all():
+            told.append(f"rank {rank} does not arrive without the defence either")
             continue
-        if base is None:
-            base = found["adam"]["steps"]
-            continue
-        ratio = ratio_of_means(np.array(found["adam"]["steps"]), np.array(base), cap)
-        told.append((name.removeprefix("SpecDef, "), ratio))
-    if base is None or all(map(math.isnan, base)) or not told:
-        return UNCLEAR, "LoRA does not reach the target without the defence either"
-    slow = [ratio.low > 1 or (ratio.censored and ratio.value > 1) for _, ratio in told]
-    verdict = AGREES if all(slow) else DISAGREES if not any(slow) else UNCLEAR
-    return verdict, "steps over LoRA undefended: " + ", ".join(f"{n} {r}" for n, r in told)
+        for on in ("factors", "composite"):
+            found = results["lora"][f"SpecDef, {on}, rank {rank}"]
+            if found["refused"]:
+                continue
+            ratio = ratio_of_means(np.array(found["adam"]["steps"]), np.array(base["adam"]["steps"]), cap)
+            told.append(f"{on}, rank {rank}: {ratio}")
+            if on == "factors":  # as released; the composite is the factors multiplied out
+                slow.append(ratio.low > 1 or (ratio.censored and ratio.value > 1))
+    verdict = UNCLEAR if not slow else AGREES if all(slow) else UNCLEAR if any(slow) else DISAGREES
+    return verdict, "steps over LoRA undefended: " + ", ".join(told)
 
 
 def _helped(results: Results) -> tuple[str, str]:
     """Look for a deformation under which every network arrives before any does without it."""
     faster = []
     for name, i, cell in _deformed_cells(results):
-        base = _undefended(results)["cells"][i]
+        base = undefended(results)["cells"][i]
         now, before = ([one["steps"] for one in found["networks"]] for found in (cell, base))
         if np.isnan(now).any() or not max(now) < np.nanmin([*before, math.inf]):
             continue
@@ -253,10 +252,6 @@ def _seeds(results: Results) -> tuple[str, str]:
 def _deformed_cells(results: Results) -> list[tuple[str, int, dict[str, Any]]]:
     rows = {n: row for n, row in results["matrix"].items() if n.startswith("SpecDef")}
     return [(n, i, cell) for n, row in rows.items() for i, cell in enumerate(row["cells"])]
-
-
-def _undefended(results: Results) -> dict[str, Any]:
-    return results["matrix"][NAMES[results["task"]["defended"]]]
 
 
 CLAIMS = (

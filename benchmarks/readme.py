@@ -6,19 +6,23 @@ python -m benchmarks.readme
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _story
 from benchmarks._attacks_page import attacks
 from benchmarks._harness import machine
 from benchmarks._race_page import page, races
 from benchmarks._replication_page import page as replication_page
+from benchmarks._replications import kept
 from specdef_jax.certification import load_results
 from specdef_jax.race import Ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- measured: benchmarks/readme.py -->", "<!-- /measured -->"
+STORY, STORY_END = "<!-- story: benchmarks/readme.py -->", "<!-- /story -->"
 DIRECTIONS = (
     "top", "random", "bottom", "resistant", "informed", "output bias", "hidden bias", "dense bias",
     "inserted", "original",
@@ -27,13 +31,25 @@ OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum .9", "adam": "Adam"}
 
 
 def main() -> None:
-    """Replace the section between the two markers."""
+    """Replace the sections between their markers, and write the pages and the figure."""
     path = ROOT / "README.md"
-    before, rest = path.read_text().split(START)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{START}\n{measured()}{END}{after}")
+    text = path.read_text()
+    for start, end, section in ((START, END, measured()), (STORY, STORY_END, story())):
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{section}{end}{rest.split(end)[1]}"
+    path.write_text(text)
+    (RESULTS / "story.svg").write_bytes(_story.figure(kept()))
     (ROOT / "docs" / "optimizers.md").write_text(page())
     (ROOT / "docs" / "replication.md").write_text(replication_page())
+
+
+def story() -> str:
+    """Return what the first figure shows, and the figure."""
+    told = f"{_story.told(kept())} Tables, and the paper's claims beside them:"
+    return (
+        f"{textwrap.fill(told, 120)}\n[docs/replication.md](docs/replication.md).\n\n"
+        "![Steps and capability: no defence, SpecDef, SpecDef undone](benchmarks/results/story.svg)\n"
+    )
 
 
 def measured() -> str:

@@ -56,6 +56,8 @@ def test_numbers_are_those_of_the_committed_results():
         sys.path.pop(0)
     section = README.split(readme.START)[1].split(readme.END)[0]
     assert section.strip() == readme.measured().strip()
+    first = README.split(readme.STORY)[1].split(readme.STORY_END)[0]
+    assert first.strip() == readme.story().strip()
     assert (ROOT / "docs" / "optimizers.md").read_text() == readme.page()
     assert (ROOT / "docs" / "replication.md").read_text() == readme.replication_page()
 

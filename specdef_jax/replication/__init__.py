@@ -36,6 +36,7 @@ TASKS: dict[str, Callable[[str, Kept], Experiment]] = {
     "diffusion": lambda size, kept: images.images("diffusion", images.SIZES[size], kept=kept),
     "style": lambda size, kept: images.images("style", images.SIZES[size], kept=kept),
 }
+LONG = ("text/gpt_oss", "diffusion", "style")  # to compile
 
 
 def replicate(
@@ -61,7 +62,7 @@ def replicate(
     Raises:
       SpecError: no such task or size.
     """
-    config = Config.preset(size) if config is None else config
+    config = Config.preset(size, lean=task in LONG) if config is None else config
     tell = progress or (lambda stage, done, total: None)
     key = digest_of([task, size, asdict(config)])
     seconds: dict[str, float] = {}

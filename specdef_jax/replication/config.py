@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from specdef_jax.attacks import ATTACKS
 from specdef_jax.errors import SpecError
 from specdef_jax.spec import Directions
+
+LEAN: dict[str, Any] = {
+    "wide_alphas": (1e6,),
+    "directions": ("top",),
+    "optimizers": ("adam", "muon", "kfac"),
+    "ranks": (4,),
+    "attacks": ("fuse", "freeze", "inject", "blind", "precondition", "lora"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,12 @@ class Config:
             raise SpecError(f"step_sizes = {self.step_sizes}: give ascending positive numbers.")
 
     @classmethod
-    def preset(cls, size: str) -> Config:
+    def preset(cls, size: str, *, lean: bool = False) -> Config:
         """Return the settings called "smoke" (tests), "small" or "full".
+
+        Args:
+          size: name of the preset.
+          lean: for models that take long to compile: the small size then races fewer optimizers and attacks.
 
         Raises:
           SpecError: no such preset.
@@ -68,7 +81,7 @@ class Config:
                 optimizers=("adam",), optimizer_alpha=1e2, grid=(3e-3,), refine=None, ranks=(4,),
                 attacks=("fuse", "blind"),
             ),
-            "small": cls(),
+            "small": cls(**LEAN) if lean else cls(),
             "full": cls(
                 size="full", step_sizes=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), steps=1000, refine=1.5,
                 ranks=(1, 4, 16), seeds=5,

@@ -23,7 +23,7 @@ def raced(*steps):
 
 
 RESULTS = {
-    "config": {"steps": 100, "step_sizes": [1e-3]},
+    "config": {"steps": 100, "step_sizes": [1e-3], "ranks": [4]},
     "task": {
         "defended": "npo",
         "variants": {"known": [{"capability": 0.9}], "ignorant": [{"capability": 0.1}]},
@@ -41,7 +41,8 @@ RESULTS = {
     "optimizers": {"undefended": {"adam": raced(20.0, 22.0)}, "SpecDef": {"adam": raced(80.0, 90.0)}},
     "lora": {
         "undefended, composite, rank 4": raced(20.0, 21.0),
-        "SpecDef, composite, rank 4": raced(40.0, 44.0),
+        "SpecDef, composite, rank 4": raced(20.0, 21.0),
+        "SpecDef, factors, rank 4": raced(40.0, 44.0),
     },
     "attacks": [
         {"attack": name, "bill": {"added_share": 0.5}} | raced(20.0, 22.0) for name in ("inject", "fuse")
@@ -76,7 +77,7 @@ def test_the_claims_hold_where_the_numbers_say_so(name):
         ("utility", ("utility", 0, "after"), 2.0, page.DISAGREES),
         ("optimizers", ("optimizers", "SpecDef", "adam"), raced(20.0, 22.0), page.DISAGREES),
         ("optimizers", ("optimizers", "SpecDef", "adam"), raced(NAN, NAN), page.AGREES),
-        ("lora", ("lora", "SpecDef, composite, rank 4"), raced(20.0, 21.0), page.DISAGREES),
+        ("lora", ("lora", "SpecDef, factors, rank 4"), raced(20.0, 21.0), page.DISAGREES),
         ("lora", ("lora", "undefended, composite, rank 4"), raced(NAN, NAN), page.UNCLEAR),
         ("helped", ("matrix", "SpecDef 100, resistant"), row(10.0, 21.0), page.DISAGREES),
         ("helped", ("matrix", "SpecDef 100, resistant"), row(10.0, NAN), page.DISAGREES),

@@ -1,0 +1,31 @@
+"""The kept replications, in the order of the documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks._harness import RESULTS
+from specdef_jax.certification.store import loads
+from specdef_jax.replication.reading import Results
+from specdef_jax.replication.rows import NAMES
+
+SYSTEMS = {
+    "text/llama": "Llama",
+    "text/gpt_oss": "GPT-OSS",
+    "diffusion": "Stable Diffusion",
+    "style": "style transfer",
+    "vision/vit": "ViT",
+    "vision/cnn": "CNN",
+}
+
+
+def kept() -> list[Results]:
+    """Return the results in benchmarks/results/replication_*.json, known systems first."""
+    found = [loads(path.read_text(), str(path)) for path in sorted(RESULTS.glob("replication_*.json"))]
+    known = list(SYSTEMS)
+    return sorted(found, key=lambda r: known.index(r["task"]["name"]) if r["task"]["name"] in known else 99)
+
+
+def undefended(results: Results) -> dict[str, Any]:
+    """Return the row of the variant that is defended, without the defence."""
+    return results["matrix"][NAMES[results["task"]["defended"]]]
