@@ -15,6 +15,7 @@ from specdef_jax.race import Ratio, ratio_of_means
 from specdef_jax.replication import tables
 from specdef_jax.replication.reading import Results, best, capability, median, steps
 
+LORA = "undefended, composite", "SpecDef, composite", "SpecDef, factors"
 SLOWED = 1.1  # times the steps: less is no defence
 PUBLISHED = (
     "The paper's own table, Llama 3.1 8B on WMDP-bio, steps / accuracy at step sizes 1e-6, 1e-5 and 3e-5:",
@@ -98,14 +99,15 @@ def _systems(found: list[Results]) -> list[str]:
         lines.append(
             f"| {SYSTEMS.get(name, name)} | {' | '.join(cells)} | {math.exp(min(change, 99)):.3g} times |"
         )
-    ranks = found[0]["config"]["ranks"]
-    lines += ["", f"LoRA, steps at the best step size (ranks {', '.join(map(str, ranks))}):", ""]
-    arms_ = list(found[0]["lora"])
-    lines += [f"| system | {' | '.join(arms_)} |", "|---|" + "---|" * len(arms_)]
+    head = "no defence", "SpecDef, on the composite", "SpecDef, on the factors as released"
+    lines += ["", "LoRA with Adam, steps at the best step size:", ""]
+    lines += [f"| system | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
     for results in found:
         name = results["task"]["name"]
-        cells = [tables.fastest(results["lora"][arm], "adam") for arm in arms_]
-        lines.append(f"| LoRA on {SYSTEMS.get(name, name)} | {' | '.join(cells)} |")
+        for rank in results["config"]["ranks"]:
+            arms_ = [f"{arm}, rank {rank}" for arm in LORA]
+            cells = [tables.fastest(results["lora"][arm], "adam") for arm in arms_]
+            lines.append(f"| LoRA of rank {rank} on {SYSTEMS.get(name, name)} | {' | '.join(cells)} |")
     return lines
 
 

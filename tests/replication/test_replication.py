@@ -246,6 +246,14 @@ def test_the_command(made, capsys, tmp_path, monkeypatch):
     assert "--task" in capsys.readouterr().err
 
 
+def test_what_takes_long_to_compile_races_less():
+    small, lean = Config.preset("small"), Config.preset("small", lean=True)
+    assert set(lean.attacks) < set(small.attacks)
+    assert set(lean.optimizers) < set(small.optimizers)
+    assert Config.preset("full", lean=True) == Config.preset("full")
+    assert set(replication.LONG) < set(replication.TASKS)
+
+
 def test_bad_names():
     with pytest.raises(sd.SpecError, match="text/llama"):
         replicate("text/nothing", "smoke")

@@ -62,4 +62,7 @@ def test_the_page_has_a_row_per_system(results):
     lines = page._systems([results])
     row = next(line for line in lines if line.startswith("| Llama"))
     assert row == "| Llama | 0.20 | 21 / 0.80 | > 100 / 0.15 | 21 / 0.80 | 1 times |"
-    assert any(line.startswith("| LoRA on Llama") for line in lines)
+    assert any(
+        line.startswith("| LoRA of rank 4 on Llama | 20 [20, 21] | 20 [20, 21] | 42 [40, 44] |")
+        for line in lines
+    )
