@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import machine
+from benchmarks._harness import RESULTS, machine
 from benchmarks._replications import SYSTEMS, kept, undefended
 from specdef_jax.race import Ratio, ratio_of_means
 from specdef_jax.replication import tables
@@ -60,6 +60,8 @@ def page() -> str:
         body = tables.page(results).split("\n")
         lines += ["", f"#{body[0]}", *(f"#{line}" if line.startswith("#") else line for line in body[1:])]
         lines += [f"![Relearning, defence by defence](../benchmarks/results/replication_{name}.svg)", ""]
+        if (RESULTS / f"replication_{name}_gallery.svg").exists():
+            lines += [f"![What is painted](../benchmarks/results/replication_{name}_gallery.svg)", ""]
         share, minutes = results["step_share"], sum(results["seconds"].values()) / 60
         lines += [
             f"({machine(results)}; two tasks at a time, a core each; {minutes:.0f} minutes. Training steps "
