@@ -62,13 +62,22 @@ def page() -> str:
         lines += [f"![Relearning, defence by defence](../benchmarks/results/replication_{name}.svg)", ""]
         if (RESULTS / f"replication_{name}_gallery.svg").exists():
             lines += [f"![What is painted](../benchmarks/results/replication_{name}_gallery.svg)", ""]
-        share, minutes = results["step_share"], sum(results["seconds"].values()) / 60
+        minutes = sum(results["seconds"].values()) / 60
         lines += [
-            f"({machine(results)}; two tasks at a time, a core each; {minutes:.0f} minutes. Training steps "
-            f"run at {share['median']:.0%} [{share['lowest']:.0%}, {share['highest']:.0%}] of the speed of "
-            "bare jitted steps of optax.)"
+            f"({machine(results)}; two tasks at a time, a core each; {minutes:.0f} minutes. {_speed(results)})"
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _speed(results: Results) -> str:
+    share = results["step_share"]
+    if math.isnan(share["median"]):
+        return "The speed of its training steps was not measured."
+    low, high = share["lowest"], share["highest"]
+    return (
+        f"Training steps run at {share['median']:.0%} [{low:.0%}, {high:.0%}] of the speed of bare jitted "
+        "steps of optax."
+    )
 
 
 def _systems(found: list[Results]) -> list[str]:
