@@ -71,8 +71,8 @@ def told(found: list[Results]) -> str:
     return (
         f"A capability is withheld in {count} systems in miniature; an attacker fine-tunes to get it back. "
         f"SpecDef at alpha {config['optimizer_alpha']:g} stops Adam in {stopped} of them and slows it in "
-        f"{slowed} more; another optimizer ({others}; not all in each) arrives in {open_}; with the two factors multiplied "
-        f"out Adam is as fast as without the defence in {undone}."
+        f"{slowed} more; another optimizer ({others}; not all in each) arrives in {open_}; with the two "
+        f"factors multiplied out Adam is as fast as without the defence in {undone}."
     )
 
 
