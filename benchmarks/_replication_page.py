@@ -63,9 +63,8 @@ def page() -> str:
         if (RESULTS / f"replication_{name}_gallery.svg").exists():
             lines += [f"![What is painted](../benchmarks/results/replication_{name}_gallery.svg)", ""]
         minutes = sum(results["seconds"].values()) / 60
-        lines += [
-            f"({machine(results)}; two tasks at a time, a core each; {minutes:.0f} minutes. {_speed(results)})"
-        ]
+        told = f"two tasks at a time, a core each; {minutes:.0f} minutes. {_speed(results)}"
+        lines += [f"({machine(results)}; {told})"]
     return "\n".join(lines).rstrip() + "\n"
 
 
