@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._harness import RESULTS, machine
-from benchmarks._replications import SYSTEMS, kept, undefended
+from benchmarks._replications import SYSTEMS, headline_rows, kept, undefended
 from specdef_jax.race import Ratio, ratio_of_means
 from specdef_jax.replication import tables
 from specdef_jax.replication.reading import Results, best, capability, median, steps
@@ -94,18 +94,15 @@ def _systems(found: list[Results]) -> list[str]:
     lines += ["", f"| {' | '.join(head)} |", "|---|" + "---|" * (len(head) - 1)]
     for results in found:
         name = results["task"]["name"]
-        rows = results["matrix"]
-        arms = (
-            undefended(results),
-            rows[f"SpecDef {alpha:g}, top"],
-            rows[f"fuse on SpecDef {alpha:g}, top"],
-        )
         change = next(
             r["after"] - r["before"]
             for r in results["utility"]
             if (r["basis"], r["alpha"], r["format"]) == ("symmetric", alpha, "float32")
         )
-        cells = [f"{capability(results, results['task']['defended']):.2f}", *(_end(a, results) for a in arms)]
+        cells = [
+            f"{capability(results, results['task']['defended']):.2f}",
+            *(_end(a, results) for a in headline_rows(results)),
+        ]
         lines.append(
             f"| {SYSTEMS.get(name, name)} | {' | '.join(cells)} | {math.exp(min(change, 99)):.3g} times |"
         )

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks._harness import RESULTS
 from specdef_jax.certification.store import loads
 from specdef_jax.replication.reading import Results
-from specdef_jax.replication.rows import NAMES
+from specdef_jax.replication.rows import NAMES, SPECDEF, Way
 
 SYSTEMS = {
     "text/llama": "Llama",
@@ -29,3 +29,9 @@ def kept() -> list[Results]:
 def undefended(results: Results) -> dict[str, Any]:
     """Return the row of the variant that is defended, without the defence."""
     return results["matrix"][NAMES[results["task"]["defended"]]]
+
+
+def headline_rows(results: Results) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return three rows of the matrix: without the defence, with the strongest, and with that fused."""
+    name = f"{SPECDEF} {Way(results['config']['optimizer_alpha']).name}"
+    return undefended(results), results["matrix"][name], results["matrix"][f"fuse on {name}"]

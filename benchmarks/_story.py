@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from benchmarks._replications import SYSTEMS, undefended
-from specdef_jax.replication.reading import Results, best, capability, median
+from benchmarks._replications import SYSTEMS, headline_rows
+from specdef_jax.replication.reading import Results, best, capability, median, typical
 from specdef_jax.report import svg
 from specdef_jax.report.axes import clean, log_axis
 
@@ -36,15 +34,14 @@ class Mark:
 
 def marks(results: Results) -> dict[str, Mark]:
     """Return what each arm of ARMS comes to."""
-    alpha = results["config"]["optimizer_alpha"]
-    matrix, raced = results["matrix"], results["optimizers"]
+    raced, plain, defended, undone = results["optimizers"], *headline_rows(results)
     fused = next((a for a in results["attacks"] if a["attack"] == "fuse"), None)
     others = [arrived(raced["SpecDef"][name], name) for name in raced["SpecDef"] if name != "adam"]
     found = (
-        Mark(arrived(raced["undefended"]["adam"], "adam"), _end(undefended(results))),
-        Mark(arrived(raced["SpecDef"]["adam"], "adam"), _end(matrix[f"SpecDef {alpha:g}, top"])),
+        Mark(arrived(raced["undefended"]["adam"], "adam"), _end(plain)),
+        Mark(arrived(raced["SpecDef"]["adam"], "adam"), _end(defended)),
         Mark(min([s for s in others if not math.isnan(s)], default=math.nan), math.nan),
-        Mark(arrived(fused, "adam"), _end(matrix[f"fuse on SpecDef {alpha:g}, top"])),
+        Mark(arrived(fused, "adam"), _end(undone)),
     )
     return dict(zip(ARMS, found, strict=True))
 
@@ -53,8 +50,7 @@ def arrived(found: dict[str, Any] | None, name: str) -> float:
     """Return the median steps of an optimizer; NaN where half of the networks or more do not arrive."""
     if found is None or found["refused"]:
         return math.nan
-    steps = np.array(found[name]["steps"])
-    return float(np.nanmedian(steps)) if np.isnan(steps).mean() < 0.5 else math.nan
+    return typical(found[name]["steps"])
 
 
 def told(found: list[Results]) -> str:

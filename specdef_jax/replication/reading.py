@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,12 @@ def best(row: dict[str, Any]) -> dict[str, Any] | None:
 
 def steps(cell: dict[str, Any] | None) -> float:
     """Return the median steps to the target; NaN where half of the networks or more do not arrive."""
-    if cell is None:
-        return math.nan
-    taken = np.array([one["steps"] for one in cell["networks"]])
+    return math.nan if cell is None else typical([one["steps"] for one in cell["networks"]])
+
+
+def typical(steps: Sequence[float]) -> float:
+    """Return the median of those that arrive; NaN where half of the networks or more do not."""
+    taken = np.array(steps)
     return float(np.nanmedian(taken)) if np.isnan(taken).mean() < 0.5 else math.nan
 
 

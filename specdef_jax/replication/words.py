@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from specdef_jax.replication.reading import Results, capability, reached
+from specdef_jax.replication.reading import Results, capability, reached, typical
 from specdef_jax.replication.rows import SPECDEF
 
 
@@ -28,4 +26,4 @@ def headline(results: Results) -> str:
 
 
 def _arrives(attack: dict[str, Any]) -> bool:
-    return bool(np.mean([not math.isnan(s) for s in attack["adam"]["steps"]]) > 0.5)
+    return not math.isnan(typical(attack["adam"]["steps"]))
