@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from specdef_jax import environment
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"  # of a CPU, and of accelerators in folders below
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,18 @@ def paired(a: Callable[[], Any], b: Callable[[], Any], repeats: int) -> Paired:
     return Paired(statistics.median(times_a), statistics.median(times_b), ratios)
 
 
+def results() -> Path:
+    """Return the folder for what is measured here: of an accelerator one of its own, named gpu or tpu."""
+    backend = jax.default_backend()
+    folder = RESULTS if backend == "cpu" else RESULTS / backend
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def save(
     name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> Path:
-    """Write benchmarks/results/<name>.json and return its path."""
+    """Write <name>.json among the results of this backend and return its path."""
     record = {
         "name": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -69,8 +79,7 @@ def save(
         "rows": [dict(row) for row in rows],
         "environment": environment.describe(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = results() / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 

@@ -39,7 +39,7 @@ from jax.tree_util import Partial
 from matfree import decomp
 
 from benchmarks import _curvature_models as cm
-from benchmarks._harness import RESULTS, Paired, paired, save, seconds
+from benchmarks._harness import Paired, paired, results, save, seconds
 from specdef_jax import curvature as cv
 from specdef_jax.curvature import lanczos
 from specdef_jax.curvature.operators import Operator, flattened
@@ -63,7 +63,7 @@ def main() -> None:
     repeats = 2 if options.quick else 3
     models = cm.models()
     wanted = ["mlp"] if options.quick else options.only or list(models)
-    path = RESULTS / "curvature.json"
+    path = results() / "curvature.json"
     old = json.loads(path.read_text()) if path.exists() else {"rows": [], "summary": {}}
     rows = {row["network"]: row for row in old["rows"]}
     curve = old["summary"].get("scaling", [])
@@ -288,7 +288,7 @@ def draw(rows: list[dict[str, Any]], curve: list[dict[str, Any]]) -> None:
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / "curvature.svg")
+    figure.savefig(results() / "curvature.svg")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import specdef_jax as sd
-from benchmarks._harness import RESULTS, paired, save
+from benchmarks._harness import paired, results, save
 
 CONFIG: dict[str, Any] = {
     "llama": {
@@ -58,8 +58,9 @@ def main() -> None:
     import torch
     import transformers
 
+    jax.config.update("jax_default_matmul_precision", "float32")  # as PyTorch's, on accelerators too
     config = CONFIG | ({"repeats": 1} if options.quick else {})
-    path = RESULTS / "models.json"
+    path = results() / "models.json"
     rows = json.loads(path.read_text())["rows"] if options.only and path.exists() else []
     peers = {lib.__name__: lib.__version__ for lib in (torch, transformers, diffusers)}
     for name in options.only or LAYERS:
@@ -133,11 +134,13 @@ def _stock(name: str, config: dict[str, Any], directory: Path) -> tuple[Case, di
     else:
         model, inputs = _text(name, config, rng)
     model.save_pretrained(directory)
-    given = {key: torch.from_numpy(x) for key, x in inputs.items()}
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    model.to(device)
+    given = {key: torch.from_numpy(x).to(device) for key, x in inputs.items()}
 
     def forward() -> np.ndarray:
         with torch.no_grad():
-            return run(given).numpy()
+            return run(given).cpu().numpy()
 
     def run(given: dict[str, Any]) -> Any:
         if name == "unet":
@@ -148,7 +151,11 @@ def _stock(name: str, config: dict[str, Any], directory: Path) -> tuple[Case, di
         for parameter in model.parameters():
             parameter.grad = None
         if name == "unet":
-            table = torch.from_numpy(sd.models.diffusion.alphas_cumprod()).float()[given["timestep"].long()]
+            table = (
+                torch.from_numpy(sd.models.diffusion.alphas_cumprod())
+                .float()
+                .to(device)[given["timestep"].long()]
+            )
             a = table[:, None, None, None]
             noisy = a.sqrt() * given["latents"] + (1 - a).sqrt() * given["noise"]
             loss = ((run(given | {"latents": noisy}) - given["noise"]) ** 2).mean()
@@ -160,7 +167,9 @@ def _stock(name: str, config: dict[str, Any], directory: Path) -> tuple[Case, di
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter -= STEP * parameter.grad
-        return loss.detach().numpy()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return loss.detach().cpu().numpy()
 
     return (forward, train), inputs
 
