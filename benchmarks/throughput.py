@@ -1,10 +1,10 @@
 """Tokens per second of a 1-billion-parameter Llama with random weights, plain and deformed.
 
-The layout of Llama 3.2 1B in bfloat16, for an accelerator. Every projection of every layer is deformed: by a dense compensation,
+The layout of Llama 3.2 1B in bfloat16. Every projection of every layer is deformed: by a dense compensation,
 by one stored as directions and factors (specdef_jax.low_rank), and, values against outputs, by gauge
 placement, which adds nothing. Forward pass, training step of Adam and greedy decoding, each variant in turn
 with the plain network. `share` is what the plain network's products need over what the largest matrix product
-reaches here; the products of a compensation count as cost and not as work.
+reaches here; the products of a compensation count as cost and not as work. On a GPU attention is fused.
 
     python -m benchmarks.throughput [--quick]
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -59,20 +60,32 @@ def main() -> None:
     peak = matmul_peak(config)
     rows: list[dict[str, Any]] = []
     for name, make in deformations(model, params, config).items():
-        network = make()
+        begin = time.perf_counter()
+        network = jax.block_until_ready(make())
+        made = {"variant": name, "parameters": sd.trees.size(network)}
+        made |= {"deforming_seconds": time.perf_counter() - begin}  # with compilation
         for row in measure(model, params, network, config, peak):
-            rows.append({"variant": name, "parameters": sd.trees.size(network)} | row)
+            rows.append(made | row)
             print(
                 "  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items())
             )
     summary = {
         "parameters": sd.trees.size(params),
         "matmul_peak_flops": peak,
+        "fused_difference": fused_difference(model, params, config),
         "flops_per_token": {what: work(model, params, config, what) for what in WHATS},
     }
     print(summary)
     if not quick:
         save("throughput", config, rows, summary)
+
+
+def fused_difference(model: llama.Config, params: Any, config: dict[str, Any]) -> float:
+    """Return the relative change of the logits by fused attention, in the network's dtype."""
+    tokens = jax.random.randint(KEY, (1, config["length"]), 0, model.vocab_size)
+    plain = np.asarray(jax.jit(llama.apply, static_argnums=0)(model, params, tokens), np.float32)
+    found = np.asarray(_apply(model, params, tokens), np.float32)
+    return float(np.linalg.norm(found - plain) / np.linalg.norm(plain))
 
 
 def deformations(model: llama.Config, params: Any, config: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -159,12 +172,18 @@ def _case(
     return train
 
 
-_apply = jax.jit(llama.apply, static_argnums=0)
+def _fused() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model: llama.Config, params: Any, tokens: Any) -> Any:
+    return llama.apply(model, params, tokens, fused=_fused())
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def _step(model: llama.Config, params: Any, state: Any, tokens: Any) -> Any:
-    value, slopes = jax.value_and_grad(llama.loss(model))(params, tokens)
+    value, slopes = jax.value_and_grad(llama.loss(model, fused=_fused()))(params, tokens)
     updates, state = OPTIMIZER.update(slopes, state, params)
     return optax.apply_updates(params, updates), state, value
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specdef_jax.layered_views import MERGE, View, refuse
+from specdef_jax.parametrization import full_precision
 
 
 def dot_general(eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -119,16 +121,9 @@ def _compensate(
 
 def _dot(a: Any, b: Any, dims: Any, dtype: Any) -> jax.Array:
     """One layer of the released network: full-precision products, stored as `dtype` (THEORY.md 1.2)."""
-    common = jnp.result_type(a, b)
     (a_summed, b_summed), (a_batch, b_batch) = dims
-    product = lax.dot_general(
-        jnp.asarray(a, common),
-        jnp.asarray(b, common),
-        ((tuple(a_summed), tuple(b_summed)), (tuple(a_batch), tuple(b_batch))),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=_accumulator(dtype, common),
-    )
-    return product.astype(dtype)
+    numbers = ((tuple(a_summed), tuple(b_summed)), (tuple(a_batch), tuple(b_batch)))
+    return full_precision(partial(lax.dot_general, dimension_numbers=numbers), dtype, a, b)
 
 
 def _conv(x: Any, kernel: jax.Array, params: dict[str, Any], dtype: Any) -> jax.Array:

@@ -12,6 +12,7 @@ so on the output side the deformed weight comes first in the network and the com
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
@@ -173,10 +175,45 @@ def full_precision_matmul(a: Array, b: Array) -> Array:
     Accelerators may run float32 products in TF32 or bfloat16 by default, which a deformed layer
     amplifies by alpha (THEORY.md 1.2). The result has the promoted dtype of the operands.
     """
-    dtype = jnp.result_type(a, b)
-    accumulator = jnp.promote_types(dtype, jnp.float32)
-    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator)
-    return product.astype(dtype)
+    return full_precision(jnp.matmul, jnp.result_type(a, b), a, b)
+
+
+def full_precision(product: Callable[..., Array], dtype: Any, a: Array, b: Array) -> Array:
+    """Return a bilinear product of two arrays, its terms exact and summed in at least float32, as `dtype`.
+
+    Args:
+      product: product(a, b, precision=, preferred_element_type=), as jnp.matmul.
+      dtype: of the result.
+      a: left operand.
+      b: right operand.
+    """
+    common = jnp.result_type(a, b)
+    a, b = jnp.asarray(a, common), jnp.asarray(b, common)
+    product = functools.partial(product, precision=jax.lax.Precision.HIGHEST)
+    accumulator = functools.reduce(jnp.promote_types, (common, dtype, jnp.float32))
+    if common == dtype != accumulator:
+        return _narrow(product, a, b)
+    return product(a, b, preferred_element_type=accumulator).astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _narrow(product: Callable[..., Array], a: Array, b: Array) -> Array:
+    """Return the product in the narrow dtype of its operands, summed in float32."""
+    return product(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+@functools.partial(_narrow.defjvp, symbolic_zeros=True)
+def _narrow_jvp(product: Any, primals: Any, tangents: Any) -> tuple[Array, Any]:
+    """Differentiate it without the wide accumulator.
+
+    Its transpose would multiply cotangents in float32, which hold narrow numbers: the same to rounding, and
+    many times slower on an accelerator.
+    """
+    (a, b), (da, db) = primals, tangents
+    out = _narrow(product, a, b)
+    parts = [] if isinstance(da, SymbolicZero) else [product(da, b)]
+    parts += [] if isinstance(db, SymbolicZero) else [product(a, db)]
+    return out, functools.reduce(jnp.add, parts)
 
 
 @jax.tree_util.register_dataclass

@@ -237,3 +237,43 @@ def test_a_refusal_of_layered_reaches_the_user_and_is_not_merged_in_silence():
 
     with pytest.raises(LayeredUnsupported, match="sin"):
         loss_on(loss, DEFORMED, X)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_summed_in_single_and_differentiated_in_half(dtype):
+    a = jax.random.normal(jax.random.key(0), (3, 4, 300), dtype)
+    b = jax.random.normal(jax.random.key(1), (300, 5), dtype)
+    weights = jax.random.normal(jax.random.key(2), (3, 4, 5), dtype)
+
+    def loss(a, b):
+        return jnp.sum((weights * full_precision_matmul(a, b)).astype(jnp.float32))
+
+    exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    found = full_precision_matmul(a, b)
+    assert found.dtype == dtype
+    unit = float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=1.1 * unit * np.abs(exact).max())
+    # what the cotangents meet is narrow, so no product of the backward pass reads float32
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(a, b))
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert sum("preferred_element_type=float32" in line for line in products) <= 1
+    slopes = jax.grad(loss, (0, 1))(a, b)
+    w, A, B = (np.asarray(x, np.float64) for x in (weights, a, b))
+    for slope, want in zip(slopes, (w @ B.T, np.einsum("ijk,ijl->kl", A, w)), strict=True):
+        np.testing.assert_allclose(np.asarray(slope, np.float64), want, atol=4 * unit * np.abs(want).max())
+
+
+def test_half_precision_products_are_differentiated_in_every_way():
+    a, b, da = (jax.random.normal(jax.random.key(i), (4, 4), jnp.bfloat16) for i in range(3))
+
+    def loss(a, product):
+        return jnp.sum(jnp.sin(product(product(a, b), a)).astype(jnp.float32))
+
+    for product in (full_precision_matmul, jnp.matmul):
+        curved = jax.jvp(jax.grad(lambda a, p=product: loss(a, p)), (a,), (da,))[1]
+        mapped = jax.vmap(lambda a, p=product: loss(a, p))(jnp.stack([a, b]))
+        if product is full_precision_matmul:
+            first = curved, mapped
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (first[0], curved)), rtol=0.1, atol=0.5)
+    np.testing.assert_allclose(first[1], mapped, rtol=0.05, atol=0.2)

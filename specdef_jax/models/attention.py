@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from specdef_jax.errors import ProblemError
+
 KeyValues = tuple[Array, Array]  # of one layer, each (batch, length, groups, head_dim)
 
 
@@ -63,6 +65,27 @@ def attend(
     total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(resting - top)
     mixed = jnp.einsum("bgrts,bsgd->btgrd", (weights / total).astype(v.dtype), v)
     return mixed.reshape(batch, time, heads * d)
+
+
+def attend_fused(
+    q: Float[Array, "batch time heads d"],
+    k: Float[Array, "batch time groups d"],
+    v: Float[Array, "batch time groups d"],
+) -> Float[Array, "batch time features"]:
+    """Return attend(q, k, v, causal mask, no sinks) by cuDNN's fused kernel, which stores no scores.
+
+    It has first derivatives only.
+
+    Raises:
+      ProblemError: there is no NVIDIA GPU, or the dtype is not a half precision.
+    """
+    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ProblemError(
+            f"fused attention runs on NVIDIA GPUs in bfloat16 or float16, this is {q.dtype} on "
+            f"{jax.default_backend()}; leave out `fused`."
+        )
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return mixed.reshape(*q.shape[:2], -1)
 
 
 def remember(

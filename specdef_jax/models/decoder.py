@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from specdef_jax.attacks.adjacent import AdjacentPair
 from specdef_jax.errors import ConfigError, ProblemError
 from specdef_jax.models import stacking
-from specdef_jax.models.attention import KeyValues, attend, causal_mask, remember, rms_norm
+from specdef_jax.models.attention import KeyValues, attend, attend_fused, causal_mask, remember, rms_norm
 from specdef_jax.models.linear import linear
 from specdef_jax.models.rope import Rope, rotate, tables
 
@@ -100,6 +100,7 @@ def run(
     feed_forward: FeedForward,
     scale_wide: bool,
     remat: bool,
+    fused: bool = False,
 ) -> tuple[Float[Array, "batch time vocab"], Cache | None]:
     """Return the logits of every position and the cache with this input added to it.
 
@@ -111,10 +112,13 @@ def run(
       feed_forward: feed_forward(layer, h, with a cache), the second half of a layer.
       scale_wide: see rms_norm.
       remat: recompute the inside of each layer in the backward pass instead of keeping it.
+      fused: see attend_fused; for layers without sinks and windows.
 
     Raises:
-      ProblemError: the cache is too short.
+      ProblemError: the cache is too short; fused attention cannot run here, or is asked for with a cache.
     """
+    if fused and cache is not None:
+        raise ProblemError("fused attention reads no cache; leave out one of `fused` and `cache`.")
     if cache is not None:
         cache.check_room(tokens.shape[1])
     h = jnp.asarray(params["model.embed_tokens.weight"])[tokens]
@@ -129,9 +133,12 @@ def run(
         x = rms_norm(h, layer["input_layernorm.weight"], **norm)
         q, k, v = (_heads(layer, name, x, config.head_dim) for name in ("q_proj", "k_proj", "v_proj"))
         k, v, kept = remember(held, rotate(k, cos, sin), v, start)
-        keys = jnp.arange(k.shape[1], dtype=jnp.int32)
-        mask = causal_mask(positions, keys, window)
-        mixed = attend(rotate(q, cos, sin), k, v, mask, layer.get("self_attn.sinks"))
+        if fused:
+            mixed = attend_fused(rotate(q, cos, sin), k, v)
+        else:
+            keys = jnp.arange(k.shape[1], dtype=jnp.int32)
+            mask = causal_mask(positions, keys, window)
+            mixed = attend(rotate(q, cos, sin), k, v, mask, layer.get("self_attn.sinks"))
         h = h + linear(mixed, layer["self_attn.o_proj.weight"], layer.get("self_attn.o_proj.bias"))
         x = rms_norm(h, layer["post_attention_layernorm.weight"], **norm)
         return h + feed_forward(layer, x, held is not None), kept

@@ -115,6 +115,7 @@ def apply(
     *,
     cache: Cache | None = None,
     remat: bool = False,
+    fused: bool = False,
 ) -> Any:
     """Return the logits (batch, time, vocab) in the dtype of the parameters.
 
@@ -124,20 +125,22 @@ def apply(
       tokens: every row is read from its first token on; there is no padding.
       cache: of the tokens before these (init_cache); with one, (logits, cache) is returned.
       remat: recompute the inside of each layer in the backward pass instead of keeping it.
+      fused: attention by cuDNN's kernel, on NVIDIA GPUs in half precision, without a cache. It stores no
+        scores and has first derivatives only: for training and reading, not for curvature.
 
     Raises:
-      ProblemError: the cache is too short.
+      ProblemError: the cache is too short; fused attention cannot run here.
     """
     feed_forward = functools.partial(_feed_forward, config)
     logits, after = decoder.run(
-        config, params, tokens, cache, feed_forward=feed_forward, scale_wide=False, remat=remat
+        config, params, tokens, cache, feed_forward=feed_forward, scale_wide=False, remat=remat, fused=fused
     )
     return logits if cache is None else (logits, after)
 
 
-def loss(config: Config, *, remat: bool = False) -> Callable[..., Float[Array, ""]]:
+def loss(config: Config, *, remat: bool = False, fused: bool = False) -> Callable[..., Float[Array, ""]]:
     """Return the mean cross-entropy of each next token, in nats, as a function (params, tokens)."""
-    return functools.partial(_loss, config, remat)
+    return functools.partial(_loss, config, remat, fused)
 
 
 def generate(
@@ -156,8 +159,10 @@ def generate(
     )
 
 
-def _loss(config: Config, remat: bool, params: Params, tokens: Int[Array, "batch time"]) -> Float[Array, ""]:
-    return decoder.cross_entropy(apply(config, params, tokens, remat=remat), tokens)
+def _loss(
+    config: Config, remat: bool, fused: bool, params: Params, tokens: Int[Array, "batch time"]
+) -> Float[Array, ""]:
+    return decoder.cross_entropy(apply(config, params, tokens, remat=remat, fused=fused), tokens)
 
 
 def _feed_forward(config: Config, layer: Params, x: Array, _: bool) -> Array:

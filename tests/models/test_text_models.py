@@ -281,3 +281,11 @@ def test_gates_are_clamped_on_one_side_and_up_projections_on_both():
     assert same((1, 100), (1, 200))
     assert same((1, -100), (1, -200))
     assert not same((1, 100), (1, -100))
+
+
+def test_fused_attention_says_where_it_runs():
+    module, config, params = small("llama")
+    with pytest.raises(ProblemError, match="runs on NVIDIA GPUs in bfloat16"):
+        module.apply(config, params, tokens(), fused=True)
+    with pytest.raises(ProblemError, match="no cache"):
+        module.apply(config, params, tokens(), fused=True, cache=module.init_cache(config, 2, 9))
