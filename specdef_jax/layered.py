@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from specdef_jax.jaxprs import scan_operands
 from specdef_jax.layered_rules import conv_general_dilated, dot_general
 from specdef_jax.layered_views import MERGE, REARRANGE, Tap, View, bind, rearrange, refuse, view_of
 from specdef_jax.parametrization import Deformed, is_structured
@@ -200,7 +201,8 @@ def _while(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 def _scan(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     params = eqn.params
-    n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+    n, carried = scan_operands(params)
+    m = n + carried
     consts, carry, xs = operands[:n], operands[n:m], operands[m:]
     _no_carried("scan", carry)
     _no_taps("scan", operands)

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from specdef_jax.errors import LayeredUnsupported
+from specdef_jax.jaxprs import scan_operands
 from specdef_jax.layered import layered
 from specdef_jax.parametrization import Deformed, KernelAxes, is_structured, merge
 from specdef_jax.trees import map_named, named_leaves
@@ -89,7 +90,8 @@ def loop_programs(eqn, ins):
     """Return the body of a loop and the origins of its consts, carry and slices."""
     params = eqn.params
     if eqn.primitive.name == "scan":
-        n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+        n, carried = scan_operands(params)
+        m = n + carried
         return params["jaxpr"].jaxpr, ins[:n], ins[n:m], ins[m:]
     if eqn.primitive.name == "while":
         a, b = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]

@@ -19,6 +19,7 @@ from jax.extend.core import Literal as Constant
 from jaxtyping import Array
 
 from specdef_jax.errors import ProblemError
+from specdef_jax.jaxprs import scan_operands
 from specdef_jax.layered_views import bind
 
 
@@ -114,7 +115,7 @@ def _forget(eqn: Any, inputs: Sequence[Any], run: Run) -> list[Any]:
     """Lose the marks, unless a product with a kernel would be lost with them."""
     name, passed = eqn.primitive.name, inputs
     if name == "scan":  # what it slices is a stack of vectors
-        passed = inputs[: eqn.params["num_consts"] + eqn.params["num_carry"]]
+        passed = inputs[: sum(scan_operands(eqn.params))]
     kernels = [x for x in passed if isinstance(x, Marked) and x.kind == "kernel"]
     if kernels and any(map(_multiplies, _programs(eqn))):
         named = ", ".join(f"'{run.names[x.index]}'" for x in kernels)
