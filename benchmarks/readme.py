@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks import _story
 from benchmarks._attacks_page import attacks
+from benchmarks._gpu_page import gpu
 from benchmarks._harness import machine
 from benchmarks._race_page import page, races
 from benchmarks._replication_page import page as replication_page
@@ -66,6 +67,7 @@ def measured() -> str:
             curvature(),
             race_speed(),
             model_speed(),
+            gpu(),
             "",
         ]
     )
