@@ -22,6 +22,7 @@ import numpy as np
 
 import specdef_jax as sd
 from benchmarks._harness import paired, results, save
+from specdef_jax.models import gpt_oss
 
 CONFIG: dict[str, Any] = {
     "llama": {
@@ -99,7 +100,11 @@ def measure(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _ours(model: sd.hub.Model, params: Any, inputs: dict[str, np.ndarray]) -> Case:
     given = [jnp.asarray(x) for x in inputs.values()]
-    apply = jax.jit(model.apply)
+    forward_of, loss_of = model.apply, model.loss
+    if isinstance(model.config, gpt_oss.Config):  # each expert reads its own tokens only, as PyTorch's does
+        forward_of = functools.partial(gpt_oss.apply, model.config, grouped=True)
+        loss_of = gpt_oss.loss(model.config, grouped=True)
+    apply = jax.jit(forward_of)
     if "tokens" in inputs:
         seen, args = given, given
     else:
@@ -108,7 +113,7 @@ def _ours(model: sd.hub.Model, params: Any, inputs: dict[str, np.ndarray]) -> Ca
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(params: Any, *args: Any) -> Any:
-        loss, slopes = jax.value_and_grad(model.loss)(params, *args)
+        loss, slopes = jax.value_and_grad(loss_of)(params, *args)
         return jax.tree.map(lambda p, g: p - STEP * g, params, slopes), loss
 
     held = [jax.tree.map(jnp.copy, params)]

@@ -39,7 +39,7 @@ def choose_kernels(leaves: dict[str, Any], selector: select.Selector, key: PRNGK
     if not matrices:
         refused = ", ".join(f"'{c.name}' {c.shape}" for c in chosen[:5])
         raise SelectionError(
-            f"{selector.description} matched only leaves that are no kernels (vectors, embeddings): "
+            f"{selector.description} matched only leaves that are no kernels (vectors, biases, embeddings): "
             f"{refused}. Select a leaf of rank two or more that multiplies its input."
         )
     return matrices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -22,8 +23,8 @@ def axes_of(
 ) -> KernelAxes:
     """Decide which axes of a kernel are inputs, outputs, window and stack.
 
-    Rank 2 is (in, out) and rank 4 is HWIO; any other rank needs `axes`, or `stacked` for a leading
-    axis over layers.
+    Rank 2 is (in, out) and rank 4 is HWIO; rank 3 is (experts, in, out) under a name that says so. Any other
+    rank needs `axes`, or `stacked` for a leading axis over layers.
 
     Raises:
       SpecError: the shape is ambiguous, or the axes given do not fit it.
@@ -35,7 +36,7 @@ def axes_of(
         if len(found.stack + found.window + found.inputs + found.outputs) != rank:
             raise SpecError(f"'{name}' has shape {shape}, but axes {found} name another number of axes.")
         return found
-    stack = (0,) if stacked else ()
+    stack = (0,) if stacked or is_experts(name, rank) else ()
     plain = rank - len(stack)
     first = len(stack)
     if plain == 2:
@@ -47,6 +48,11 @@ def axes_of(
         f"'{name}' has shape {shape}, which is ambiguous: (layers, in, out), (in, heads, dim), ...? "
         "Pass axes=((input axes), (output axes)), or stacked=True for a leading axis over layers."
     )
+
+
+def is_experts(name: str, rank: int) -> bool:
+    """Tell whether a tensor is (experts, in, out), a stack of kernels, as mixtures of experts store them."""
+    return rank == 3 and re.search(r"\bexperts\b", name) is not None
 
 
 def _axes_for(name: str, axes: Mapping[str, AxesLike]) -> AxesLike | None:

@@ -31,13 +31,19 @@ class Candidate:
     @property
     def is_matrix(self) -> bool:
         """Whether the leaf can be the kernel of a linear map, going by name, rank and dtype."""
-        return len(self.shape) >= 2 and jnp.issubdtype(self.dtype, jnp.floating) and not self.is_embedding
+        kernel = len(self.shape) >= 2 and jnp.issubdtype(self.dtype, jnp.floating)
+        return kernel and not self.is_embedding and not self.is_bias
 
     @property
     def is_embedding(self) -> bool:
         """Whether the name says that the leaf is looked up, not multiplied."""
         *_, parent, leaf = "", *re.split(r"[/.]", self.name)
         return "embed" in leaf.lower() or ("embed" in parent.lower() and leaf != "kernel")
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether the name says that the leaf is added, as the matrix of biases of a stack of experts is."""
+        return self.name.lower().endswith("bias")
 
 
 Choice = Callable[[Sequence[Candidate], PRNGKeyArray], Sequence[Candidate]]
@@ -97,7 +103,7 @@ def match(*globs: str) -> Selector:
 
 
 def matrices() -> Selector:
-    """Select every floating leaf of rank two or more that is not named as an embedding."""
+    """Select every floating leaf of rank two or more that is not named as an embedding or a bias."""
     return Selector(lambda candidates, _: [c for c in candidates if c.is_matrix], "matrices()")
 
 

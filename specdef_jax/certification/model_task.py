@@ -16,8 +16,7 @@ from jaxtyping import Array, Float
 from specdef_jax import trees
 from specdef_jax.errors import ProblemError, StructureError
 from specdef_jax.hub import Model, load, selector
-from specdef_jax.hub.naming import literal
-from specdef_jax.parametrization import KernelAxes, is_structured
+from specdef_jax.parametrization import is_structured
 from specdef_jax.spec import Plan
 from specdef_jax.specdef import apply_plan
 from specdef_jax.tasks.task import Task
@@ -85,7 +84,6 @@ def model_task(
         control=next((name for name in CONTROLS if name in params), sorted(params)[0]),
         target=goal,
         facts={},
-        axes={literal(n): KernelAxes((1,), (2,), stack=(0,)) for n, x in params.items() if jnp.ndim(x) == 3},
         released=functools.partial(_released, model, compared, is_text),
     )
 

@@ -30,8 +30,6 @@ def selector(globs: Sequence[str] = ()) -> select.Selector:
     def choose(candidates: Sequence[select.Candidate], key: PRNGKeyArray) -> Sequence[select.Candidate]:
         renamed = [replace(c, name=c.name.replace(".", "/")) for c in candidates]
         weights = [c for c in renamed if _TRAINING_STATE not in c.name.split("/")]
-        if not globs:  # experts have a matrix of biases
-            weights = [c for c in weights if not c.name.endswith("bias")]
         chosen = {c.name for c in inner.choose(weights, key)}
         return [c for c, new in zip(candidates, renamed, strict=True) if new.name in chosen]
 

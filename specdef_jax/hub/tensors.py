@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import numpy as np
 from specdef_jax.hub.naming import Layout, axes_for
 from specdef_jax.hub.quantized import dequantize, find_quantized, plain_shape
 from specdef_jax.hub.shards import Shards
+from specdef_jax.layout import is_experts
 from specdef_jax.parametrization import KernelAxes
 
 
@@ -72,10 +72,10 @@ def tensors_of(shards: Shards, dequantized: np.dtype | None = None) -> dict[str,
 def kernel_axes(tensors: dict[str, Tensor], layout: Layout = "auto") -> dict[str, KernelAxes]:
     """Return the axes of each kernel by name, as sd.plan takes them.
 
-    Experts (experts, in, out) are a stack of kernels, as GPT-OSS and other mixtures store them.
+    Experts are a stack of kernels (layout.is_experts).
     """
     found = axes_for({name: tensor.struct for name, tensor in tensors.items()}, layout)
     for name, tensor in tensors.items():
-        if len(tensor.shape) == 3 and re.search(r"\bexperts\b", name):
+        if is_experts(name, len(tensor.shape)):
             found[name] = KernelAxes(inputs=(1,), outputs=(2,), stack=(0,))
     return found

@@ -1,8 +1,7 @@
 """GPT-OSS: attention with sinks and alternating windows, a mixture of clamped-SwiGLU experts.
 
 Parameters are named as Hugging Face does; experts are (experts, in, out) as in unquantized checkpoints, with
-gate and up projection in alternating columns. They are deformed as a stack of kernels:
-sd.deform(params, spec, where="*experts.*_proj", stacked=True, key=key).
+gate and up projection in alternating columns. They are deformed as a stack of kernels.
 
 Example:
   >>> import jax

@@ -158,3 +158,15 @@ def test_curvature_of_a_deformed_model_and_attacks_on_it():
     assert float(injected.loss(injected.params, tokens())) == pytest.approx(
         float(loss(params, tokens())), rel=1e-10
     )
+
+
+def test_every_kernel_of_a_mixture_is_found_and_no_bias():
+    module, config, params = small("gpt_oss")
+    found = sd.deform(params, sd.SpecDef(alpha=8.0), key=KEY)
+    pairs = {name: leaf for name, leaf in found.items() if isinstance(leaf, sd.Deformed)}
+    layer = {name.removeprefix("model.layers.0.") for name in pairs if ".layers.0." in name}
+    attention = {f"self_attn.{x}_proj.weight" for x in "qkvo"}
+    assert layer == attention | {"mlp.router.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert pairs["model.layers.0.mlp.experts.down_proj"].axes.stack == (0,)
+    plain, after = (logits_of(module, config, p, tokens()) for p in (params, found))
+    np.testing.assert_allclose(after, plain, atol=1e-10)
