@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._harness import RESULTS, machine
-from benchmarks._replications import SYSTEMS, headline_rows, kept, undefended
+from benchmarks._replications import SYSTEMS, headline_rows, kept, learnable, taught, undefended
 from specdef_jax.race import Ratio, ratio_of_means
 from specdef_jax.replication import tables
 from specdef_jax.replication.reading import Results, best, capability, median, steps
@@ -138,13 +138,11 @@ def _claims(found: list[Results]) -> list[str]:
 
 
 def _learnable(results: Results) -> tuple[str, str]:
-    known, ignorant = (capability(results, v) for v in ("known", "ignorant"))
-    row = results["matrix"]["never learned"]
-    after = max((median(cell, "capability") for cell in row["cells"]), default=math.nan)
+    ignorant, after, known = taught(results)
     told = f"{ignorant:.2f} before, {after:.2f} after the attack, {known:.2f} of who learned it"
     if not known > ignorant + 0.05:
         return UNCLEAR, told
-    return (AGREES if after > (known + ignorant) / 2 else DISAGREES), told
+    return (AGREES if learnable(results) else DISAGREES), told
 
 
 def _unlearning(results: Results) -> tuple[str, str]:

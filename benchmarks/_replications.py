@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from benchmarks._harness import RESULTS
 from specdef_jax.certification.store import loads
-from specdef_jax.replication.reading import Results
+from specdef_jax.replication.reading import Results, capability, median
 from specdef_jax.replication.rows import NAMES, SPECDEF, Way
 
 SYSTEMS = {
@@ -29,6 +30,19 @@ def kept() -> list[Results]:
 def undefended(results: Results) -> dict[str, Any]:
     """Return the row of the variant that is defended, without the defence."""
     return results["matrix"][NAMES[results["task"]["defended"]]]
+
+
+def taught(results: Results) -> tuple[float, float, float]:
+    """Return the capability of who never learned it, after the undefended attack, and of who learned it."""
+    known, ignorant = (capability(results, variant) for variant in ("known", "ignorant"))
+    cells = results["matrix"]["never learned"]["cells"]
+    return ignorant, max((median(cell, "capability") for cell in cells), default=math.nan), known
+
+
+def learnable(results: Results) -> bool:
+    """Tell whether the attack brings half of the capability where there is no defence."""
+    ignorant, after, known = taught(results)
+    return after > (known + ignorant) / 2
 
 
 def headline_rows(results: Results) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

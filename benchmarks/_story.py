@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks._replications import SYSTEMS, headline_rows
+from benchmarks._replications import SYSTEMS, headline_rows, learnable, taught
 from specdef_jax.replication.reading import Results, best, capability, median, typical
 from specdef_jax.report import svg
 from specdef_jax.report.axes import clean, log_axis
@@ -54,22 +54,39 @@ def arrived(found: dict[str, Any] | None, name: str) -> float:
 
 
 def told(found: list[Results]) -> str:
-    """Say in a sentence what the figure shows."""
-    every = [marks(results) for results in found]
+    """Say in a few sentences what the figure shows.
+
+    A system whose capability the attack does not bring back without a defence is named, and not counted.
+    """
+    shown = [results for results in found if learnable(results)]
+    every = [marks(results) for results in shown]
     plain, defended, other, fused = ([m[arm] for m in every] for arm in ARMS)
     pairs = list(zip(plain, defended, fused, strict=True))
     stopped = sum(math.isnan(d.steps) and not math.isnan(p.steps) for p, d, _ in pairs)
     slowed = sum(d.steps > 1.5 * p.steps for p, d, _ in pairs)
     open_ = sum(not math.isnan(o.steps) for o in other)
     undone = sum(f.steps <= 1.1 * p.steps for p, _, f in pairs)
-    config, count = found[0]["config"], len(found)
+    config, count = found[0]["config"], len(shown)
     others = ", ".join(name for name in config["optimizers"] if name != "adam")
     return (
         f"A capability is withheld in {count} systems in miniature; an attacker fine-tunes to get it back. "
         f"SpecDef at alpha {config['optimizer_alpha']:g} stops Adam in {stopped} of them and slows it in "
         f"{slowed} more; another optimizer ({others}; not all in each) arrives in {open_}; with the two "
         f"factors multiplied out Adam is as fast as without the defence in {undone}."
+    ) + "".join(_not_counted(results) for results in found if not learnable(results))
+
+
+def _not_counted(results: Results) -> str:
+    before, after, known = taught(results)
+    return (
+        f" Not counted is {_label(results)}: there the attacker's loss reaches its target before the "
+        f"capability is back, without a defence too ({after:.2f}; {before:.2f} before, {known:.2f} of who was "
+        "taught it)."
     )
+
+
+def _label(results: Results) -> str:
+    return SYSTEMS.get(results["task"]["name"], results["task"]["name"])
 
 
 def figure(found: list[Results]) -> bytes:
@@ -103,10 +120,10 @@ def draw(canvas: Any, colours: dict[str, str], found: list[Results]) -> None:
         for variant, dash in ((results["task"]["defended"], ":"), ("known", "-")):
             able = capability(results, variant)
             right.plot([able, able], [y - 0.4, y + 0.4], dash, color=colours["muted"], linewidth=1)
-    left.set_yticks(range(len(found)), [SYSTEMS.get(r["task"]["name"], r["task"]["name"]) for r in found])
+    left.set_yticks(range(len(found)), [_label(r) + "*" * (not learnable(r)) for r in found])
     left.set_ylim(len(found) - 0.5, -0.5)
     left.tick_params(axis="y", length=0, labelcolor=colours["ink"])
-    left.set_xlabel(f"steps until the capability is back (hollow: not within {cap})")
+    left.set_xlabel(f"steps until the attack's loss is at its target (hollow: not within {cap})")
     right.set_xlim(-0.03, 1.03)
     right.set_xlabel("capability after the attack")
     for panel in (left, right):
