@@ -80,8 +80,8 @@ def _not_counted(results: Results) -> str:
     before, after, known = taught(results)
     return (
         f" Not counted is {_label(results)}: there the attacker's loss reaches its target before the "
-        f"capability is back, without a defence too ({after:.2f}; {before:.2f} before, {known:.2f} of who was "
-        "taught it)."
+        f"capability is back, without a defence too ({after:.2f}; {before:.2f} before, {known:.2f} of who "
+        "was taught it)."
     )
 
 
