@@ -90,6 +90,7 @@ def run_problems(
     max_evaluations: float | None = None,
     refine: float | None = None,
     prune: bool = False,
+    ends: bool = False,
     lanes: int | None = None,
     memory: float | None = None,
     chunk: int | None = None,
@@ -124,6 +125,9 @@ def run_problems(
         neighbours are within this factor of it, or 16 rounds are over; None races the grid alone.
       prune: stop a run once another step size of its seed has arrived in fewer steps. The best
         step size and its steps are the same, to every milestone too; the other runs are DOMINATED.
+      ends: keep the parameters that each run was judged by last: RaceResult.end. Takes memory for one more
+        set of parameters per lane and one per run, their number rounded up to a power of two, on the device;
+        twice the latter on the host for a moment, once in the `folder`, and on every device of a mesh.
       lanes: runs in flight per thread; None finds it by a short probe.
       memory: bytes that the lanes may take; a quarter of the machine's or the device's by default.
       chunk: seeds raced at a time; None races all of them, or with a folder as many as there are cores.
@@ -164,6 +168,7 @@ def run_problems(
         evaluations=np.inf if max_evaluations is None else max_evaluations,
         eval_every=eval_every,
         prune=prune,
+        ends=ends,
         key=key,
         lanes=lanes or 1,
         chunk=chunk or (len(problems) * orders if folder is None else execution.cores()),

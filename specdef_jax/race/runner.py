@@ -38,6 +38,9 @@ def start(runs: Runs, *, factory: Factory, lanes: int) -> Progress:
         last=unknown,
         peak=unknown,
         trace=jnp.full((total, runs.record_at.size), jnp.nan, dtype),
+        ends=jax.tree.map(
+            lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), _kept(runs, runs.problems.params)
+        ),
     )
     fresh = _over_lanes(functools.partial(_enter, runs, factory), lanes)(first)
     return Progress(fresh, results, runs.best, jnp.asarray(lanes), jnp.asarray(0), jnp.zeros((), dtype))
@@ -75,6 +78,11 @@ def advance(
         return (i < iterations) & (progress.done < runs.count)
 
     return jax.lax.while_loop(unfinished, train, (jnp.zeros_like(iterations), progress))[1]
+
+
+def _kept(runs: Runs, params: PyTree) -> PyTree:
+    """Return the parameters of a race that keeps them, else None: nothing of it is compiled."""
+    return params if runs.ends else None
 
 
 def _without_axis(tree: PyTree, lanes: int) -> PyTree:
@@ -116,6 +124,7 @@ def _enter(runs: Runs, factory: Factory, run: Array) -> Lane:
         finished=jnp.zeros((), bool),
         trace=jnp.full(runs.record_at.shape, jnp.nan, dtype),
         slot=jnp.zeros((), jnp.int32),
+        judged=_kept(runs, task.params),
     )
 
 
@@ -145,6 +154,7 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
         state=state,
         t=lane.t + eval_every,
         spent=jnp.where(evaluated.finished, lane.spent, spent),  # the steps after the end are thrown away
+        judged=_kept(runs, lane.problem.params),
     )
 
 
@@ -216,6 +226,7 @@ def _refill(runs: Runs, factory: Factory, lanes: int, progress: Progress) -> Pro
         last=write(results.last, lane.metric),
         peak=write(results.peak, lane.peak),
         trace=write(results.trace, lane.trace),
+        ends=jax.tree.map(write, results.ends, lane.judged),
     )
     rank = jnp.cumsum(finished) - 1
     entering = jnp.where(finished, progress.next_run + rank, lane.run)
