@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specdef_jax import race
@@ -28,7 +29,9 @@ def raced(
     optimizers: Mapping[str, Factory],
     step_sizes: Sequence[float],
     folder: Path | None,
+    *,
     refine: float | None = None,
+    ends: bool = False,
 ) -> RaceResult:
     """Race the attacks on the same row of several networks, minibatches drawn alike in every row."""
     free_when_many()
@@ -44,6 +47,7 @@ def raced(
         eval_args=experiment.judged_on,
         refine=refine,
         prune=refine is not None,
+        ends=ends,
         lanes=1,
         chunk=None if folder is None else len(problems),
         folder=folder,
@@ -52,28 +56,24 @@ def raced(
 
 def ends(
     experiment: Experiment,
-    config: Config,
     problems: Sequence[Problem],
-    factory: Factory,
     result: RaceResult,
     *,
     shown: bool = False,
 ) -> list[dict[str, Any]]:
     """Return, for each step size of the only optimizer, what every network needed and what it is after it.
 
-    With `shown`, also samples of the first network.
+    Capability and retained loss are those of the parameters that the run was judged by last (RaceResult.end):
+    the first to meet the target, or those at the cap. They are judged every few steps, and `steps` is
+    interpolated in between. With `shown`, also samples of the first network.
     """
     (name,) = result.names
-    key = jax.random.split(jax.random.key(config.seed), 1)[0]
     grid = result.grid(name)
 
     def end(i: int, j: int) -> dict[str, Any]:
-        steps = float(result.to_target[0, i, j])
-        taken = config.steps if np.isnan(steps) else int(np.ceil(steps))
-        one, step_size = problems[j], float(grid[i])
-        params = one.read_back(race.replay(one, factory, step_size, taken, sample=experiment.sample, key=key))
+        params = problems[j].read_back(jax.tree.map(jnp.asarray, result.end(name, i, j)))
         found: dict[str, Any] = {
-            "steps": steps,
+            "steps": float(result.to_target[0, i, j]),
             "capability": float(experiment.capability(params)),
             "retained": float(experiment.retained(params)),
             "peak": float(result.peak[0, i, j]),
@@ -97,10 +97,10 @@ def row(experiment: Experiment, config: Config, one: Row, folder: Path | None) -
     try:
         problems = [one.make(j) for j in range(count)]
         start = [state(experiment, problem) for problem in problems]
-        result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder)
+        result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder, ends=True)
     except SpecDefError as error:
         return {"start": start, "cells": [], "refused": str(error)}
-    told = ends(experiment, config, problems, adam, result, shown=one.headline)
+    told = ends(experiment, problems, result, shown=one.headline)
     return {"start": start, "cells": told, "refused": ""}
 
 
@@ -113,7 +113,7 @@ def fastest(
 ) -> dict[str, Any]:
     """Return the steps of each optimizer at its best step size, network by network."""
     try:
-        result = raced(experiment, config, problems, optimizers, config.grid, folder, config.refine)
+        result = raced(experiment, config, problems, optimizers, config.grid, folder, refine=config.refine)
     except SpecDefError as error:
         return {"refused": str(error)}
     return {

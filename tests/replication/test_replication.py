@@ -107,7 +107,7 @@ def test_a_cell_is_what_a_loop_finds(experiment):
     reached, before = math.nan, math.inf
     for t in range(21):
         if t % config.judge_every == 0:
-            now = float(experiment.loss(params, *experiment.judged_on))
+            now, judged = float(experiment.loss(params, *experiment.judged_on)), params
             if now <= experiment.targets[0]:
                 share = (before - experiment.targets[0]) / (before - now)
                 reached = t - config.judge_every * (1 - share) if t else 0.0
@@ -117,6 +117,7 @@ def test_a_cell_is_what_a_loop_finds(experiment):
         updates, state = adam.update(jax.grad(experiment.loss)(params, *args), state, params)
         params = jax.tree.map(jnp.add, params, updates)
     assert found["steps"] == pytest.approx(reached, nan_ok=True, rel=1e-3)
+    assert found["retained"] == pytest.approx(float(experiment.retained(judged)), rel=1e-3)
 
 
 def test_what_meets_the_target_at_the_start_is_told_and_not_raced(experiment):
