@@ -140,7 +140,8 @@ def run_problems(
     Raises:
       ProblemError: a start is not finite or meets its target already.
       StructureError: the problems differ in structure, shapes or dtypes.
-      SpecError: a grid or a count has no meaning, or several orders of a deterministic sample.
+      SpecError: a grid or a count has no meaning, several orders of a deterministic sample, or ends of
+        parameters that span processes.
     """
     counts = {"steps": steps, "orders": orders, "eval_every": eval_every, "lanes": lanes, "chunk": chunk}
     for name, count in counts.items():
@@ -153,6 +154,8 @@ def run_problems(
     as_partial = sample if isinstance(sample, Partial) else Partial(sample)
     inputs.check_orders(as_partial, key, orders)
     stacked = inputs.stack(problems)
+    if ends:
+        inputs.check_ends(stacked)
     eval_args = None if eval_args is None else tuple(eval_args)
     targets = inputs.targets(target, milestones, len(problems))
     inputs.check_start(stacked, as_partial(key) if eval_args is None else eval_args, targets[:, -1])

@@ -104,6 +104,16 @@ def check_start(problems: Problem, args: Sequence[Any], targets: np.ndarray) -> 
             )
 
 
+def check_ends(problems: Problem) -> None:
+    """Raise SpecError for parameters whose ends no single process could hold."""
+    for name, leaf in trees.named_leaves(problems.params):
+        if not leaf.is_fully_addressable:
+            raise SpecError(
+                f"ends=True, but '{name}' lies on devices of several processes; race without, and have "
+                "single runs again with race.replay, which leaves parameters where they are."
+            )
+
+
 def check_count(name: str, n: int) -> None:
     """Raise SpecError unless n is a positive integer."""
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:

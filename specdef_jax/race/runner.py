@@ -22,6 +22,7 @@ from jaxtyping import Array, Int, PyTree
 
 from specdef_jax.optim.work import work
 from specdef_jax.race.runs import Factory, Lane, Outcome, Progress, Results, Runs
+from specdef_jax.sharding import placed, sharding_of
 
 
 @functools.partial(jax.jit, static_argnames=("factory", "lanes"))
@@ -38,9 +39,7 @@ def start(runs: Runs, *, factory: Factory, lanes: int) -> Progress:
         last=unknown,
         peak=unknown,
         trace=jnp.full((total, runs.record_at.size), jnp.nan, dtype),
-        ends=jax.tree.map(
-            lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), _kept(runs, runs.problems.params)
-        ),
+        ends=jax.tree.map(functools.partial(_room, total), _kept(runs, runs.problems.params)),
     )
     fresh = _over_lanes(functools.partial(_enter, runs, factory), lanes)(first)
     return Progress(fresh, results, runs.best, jnp.asarray(lanes), jnp.asarray(0), jnp.zeros((), dtype))
@@ -83,6 +82,11 @@ def advance(
 def _kept(runs: Runs, params: PyTree) -> PyTree:
     """Return the parameters of a race that keeps them, else None: nothing of it is compiled."""
     return params if runs.ends else None
+
+
+def _room(count: int, stacked: Array) -> Array:
+    """Return room for so many of what is stacked, with its sharding."""
+    return placed(jnp.zeros((count, *stacked.shape[1:]), stacked.dtype), sharding_of(stacked))
 
 
 def _without_axis(tree: PyTree, lanes: int) -> PyTree:

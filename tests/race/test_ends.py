@@ -1,13 +1,18 @@
 """The parameters a race ends with: against single runs, its own losses, and itself cut into pieces."""
 
+import textwrap
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from specdef_jax import race
 from specdef_jax.errors import ProblemError, SpecError
 from specdef_jax.race import Outcome
+from tests.processes import last_lines
 from tests.race.test_at_scale import (
     GRID,
     KEY,
@@ -86,6 +91,48 @@ def test_cuts_change_no_bit_of_the_ends(whole, cut):
         count = cut["mesh"]
         cut["mesh"] = jax.make_mesh((count,), ("runs",), devices=jax.devices()[:count])
     assert_equal(raced(ends=True, **cut), whole)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_ends_of_parameters_on_a_mesh(kind):
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(kind,), devices=jax.devices()[:2])
+    found = race.run_problems(
+        [laid(one, mesh) for one in problems()], {"sgd": race.sgd}, sample=race.minibatches(4, X, Y),
+        steps=60, step_sizes=GRID, target=0.05, key=KEY, orders=2, eval_args=(X, Y), lanes=1, ends=True,
+    )  # fmt: skip
+    alone = raced(ends=True, lanes=1)
+    for name in ("w", "b"):
+        np.testing.assert_allclose(found.ends[name], alone.ends[name], rtol=1e-12, atol=1e-13)
+
+
+def laid(one, mesh):
+    """Lay the outputs of the layer out over a mesh, from what every process holds."""
+
+    def place(x, *axes):
+        return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return replace(one, params={"w": place(one.params["w"], None, "m"), "b": place(one.params["b"], "m")})
+
+
+PROCESSES = textwrap.dedent("""
+    from specdef_jax import race
+    from specdef_jax.errors import SpecError
+    from tests.race.test_at_scale import GRID, KEY, X, Y, problems
+    from tests.race.test_ends import laid
+
+    mesh = jax.make_mesh((2,), ("m",))
+    ones = [laid(one, mesh) for one in problems()]
+    try:
+        race.run_problems(ones, {"sgd": race.sgd}, sample=race.full_batch(X, Y), steps=9, step_sizes=GRID,
+                          target=0.05, ends=True)
+    except SpecError as error:
+        print(error)
+""")
+
+
+def test_ends_that_span_processes_are_refused():
+    for line in last_lines(PROCESSES):
+        assert "ends=True, but 'b' lies on devices of several processes" in line
 
 
 def test_keeping_changes_no_result(whole):
