@@ -59,7 +59,7 @@ def advance(
 
     def train(carry: tuple[Array, Progress]) -> tuple[Array, Progress]:
         """Train until a run is over: a loop of its own, as a branch inside it would copy every parameter."""
-        iterate = functools.partial(_iterate, runs, factory, eval_every, carry[1].best)
+        iterate = functools.partial(_iterate, runs, factory, eval_every, lanes == 1, carry[1].best)
         if lanes > 1:
             iterate = jax.vmap(iterate)
 
@@ -132,8 +132,12 @@ def _enter(runs: Runs, factory: Factory, run: Array) -> Lane:
     )
 
 
-def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: Lane) -> Lane:
-    """Evaluate one lane, then train it for eval_every steps unless it is finished."""
+def _iterate(runs: Runs, factory: Factory, eval_every: int, alone: bool, best: Array, lane: Lane) -> Lane:
+    """Evaluate one lane, then train it for eval_every steps unless it is finished.
+
+    A lane beside others trains on with them, and what it does after its end is thrown away; one that is
+    `alone` stops. The steps are one loop where they can be: every copy of a step in it is compiled again.
+    """
     optimizer = optax.with_extra_args_support(factory(lane.step_size))
     loss = lane.problem.loss
 
@@ -145,19 +149,23 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
         params, state, value = step(optimizer, loss, params, state, args)
         return (params, state, spent + work(state).astype(spent.dtype)), value
 
-    carry, value = train(0, (lane.problem.params, lane.state, lane.spent))
-    if runs.eval_args is not None:
+    carry = (lane.problem.params, lane.state, lane.spent)
+    if runs.eval_args is None:  # the loss of the step itself, which is taken to know it
+        carry, value = train(0, carry)
+    else:
         value = loss(lane.problem.params, *runs.eval_args)
-    if eval_every > 1:
-        carry = jax.lax.fori_loop(1, eval_every, lambda i, c: train(i, c)[0], carry)
     evaluated = _evaluate(runs, eval_every, best, lane, value.astype(lane.metric.dtype))
+    taken = 1 if runs.eval_args is None else 0
+    if eval_every > taken:
+        until = jnp.where(evaluated.finished, taken, eval_every) if alone else eval_every
+        carry = jax.lax.fori_loop(taken, until, lambda i, c: train(i, c)[0], carry)
     params, state, spent = carry
     return replace(
         evaluated,
         problem=replace(lane.problem, params=params),
         state=state,
         t=lane.t + eval_every,
-        spent=jnp.where(evaluated.finished, lane.spent, spent),  # the steps after the end are thrown away
+        spent=jnp.where(evaluated.finished, lane.spent, spent),
         judged=_kept(runs, lane.problem.params),
     )
 
