@@ -29,9 +29,7 @@ def raced(
     optimizers: Mapping[str, Factory],
     step_sizes: Sequence[float],
     folder: Path | None,
-    *,
     refine: float | None = None,
-    ends: bool = False,
 ) -> RaceResult:
     """Race the attacks on the same row of several networks, minibatches drawn alike in every row."""
     free_when_many()
@@ -47,7 +45,7 @@ def raced(
         eval_args=experiment.judged_on,
         refine=refine,
         prune=refine is not None,
-        ends=ends,
+        ends=True,  # not only where they are read, so that all races of one structure are one program
         lanes=1,
         chunk=None if folder is None else len(problems),
         folder=folder,
@@ -97,7 +95,7 @@ def row(experiment: Experiment, config: Config, one: Row, folder: Path | None) -
     try:
         problems = [one.make(j) for j in range(count)]
         start = [state(experiment, problem) for problem in problems]
-        result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder, ends=True)
+        result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder)
     except SpecDefError as error:
         return {"start": start, "cells": [], "refused": str(error)}
     told = ends(experiment, problems, result, shown=one.headline)
@@ -113,7 +111,7 @@ def fastest(
 ) -> dict[str, Any]:
     """Return the steps of each optimizer at its best step size, network by network."""
     try:
-        result = raced(experiment, config, problems, optimizers, config.grid, folder, refine=config.refine)
+        result = raced(experiment, config, problems, optimizers, config.grid, folder, config.refine)
     except SpecDefError as error:
         return {"refused": str(error)}
     return {
