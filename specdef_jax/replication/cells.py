@@ -14,6 +14,7 @@ from specdef_jax import race
 from specdef_jax.errors import SpecDefError
 from specdef_jax.parametrization import Problem
 from specdef_jax.programs import free_when_many
+from specdef_jax.race import inputs
 from specdef_jax.race.result import RaceResult
 from specdef_jax.race.runs import Factory
 from specdef_jax.replication.config import Config
@@ -94,7 +95,7 @@ def row(experiment: Experiment, config: Config, one: Row, folder: Path | None) -
     start: list[dict[str, float]] = []
     try:
         problems = [one.make(j) for j in range(count)]
-        start = [state(experiment, problem) for problem in problems]
+        start = states(experiment, problems)
         result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder)
     except SpecDefError as error:
         return {"start": start, "cells": [], "refused": str(error)}
@@ -128,16 +129,19 @@ def fastest(
     } | {"refused": ""}
 
 
-def state(experiment: Experiment, one: Problem) -> dict[str, float]:
-    """Return what a network can do where a problem starts."""
-    params = one.read_back(one.params)
-    return {
-        "judged": float(_judged(one, experiment.judged_on)),
-        "capability": float(experiment.capability(params)),
-        "retained": float(experiment.retained(params)),
-    }
+def states(experiment: Experiment, problems: Sequence[Problem]) -> list[dict[str, float]]:
+    """Return what each of several networks can do where its problem starts.
 
-
-@jax.jit
-def _judged(one: Problem, args: tuple[Any, ...]) -> jax.Array:
-    return one.loss(one.params, *args)
+    Raises:
+      StructureError: the problems differ in structure or shapes, and cannot be raced together.
+    """
+    judged = inputs.start_losses(inputs.stack(problems), experiment.judged_on)  # compiled for the race too
+    plain = [one.read_back(one.params) for one in problems]
+    return [
+        {
+            "judged": float(loss),
+            "capability": float(experiment.capability(params)),
+            "retained": float(experiment.retained(params)),
+        }
+        for loss, params in zip(judged, plain, strict=True)
+    ]

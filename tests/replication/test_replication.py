@@ -187,12 +187,12 @@ def test_headline_rows_are_raced_on_every_network(experiment):
 
 
 def test_what_undoes_the_defence_is_raced_from_the_defended_network(experiment):
-    start = cells.state(experiment, rows.plain(experiment, experiment.defended, 0))
+    (start,) = cells.states(experiment, [rows.plain(experiment, experiment.defended, 0)])
     undone = [one for one in rows.rows(experiment, SMOKE) if one.name.split()[0] in rows.UNDOING]
     assert len(undone) == len(rows.UNDOING)
     for one in undone:
         assert one.headline
-        assert cells.state(experiment, one.make(0)) == pytest.approx(start, rel=1e-4, abs=1e-4)
+        assert cells.states(experiment, [one.make(0)])[0] == pytest.approx(start, rel=1e-4, abs=1e-4)
 
 
 def test_networks_wait_for_a_rerun(tmp_path):
