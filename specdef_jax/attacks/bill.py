@@ -172,11 +172,17 @@ def timed(
 def _compiled(task: Problem, wrap: Wrap | None, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     """Return one step, compiled, and what it is called with."""
     factory = optax.sgd if wrap is None else wrap(optax.sgd)
-    state = jax.jit(factory(1.0).init)(task.params)
-    inputs = task, state, args
-    return jax.jit(functools.partial(_step, factory)).lower(*inputs).compile(), inputs
+    inputs = task, _begin(factory, task.params), args
+    return _step.lower(factory, *inputs).compile(), inputs
 
 
+# Jitted once for all, so that attacks of one shape share their compiled steps, and all of them the plain one.
+@functools.partial(jax.jit, static_argnames="factory")
+def _begin(factory: Factory, params: PyTree) -> PyTree:
+    return factory(1.0).init(params)
+
+
+@functools.partial(jax.jit, static_argnames="factory")
 def _step(factory: Factory, task: Problem, state: PyTree, args: tuple[Any, ...]) -> tuple[PyTree, ...]:
     def value_fn(params: PyTree) -> Array:
         return task.loss(params, *args)

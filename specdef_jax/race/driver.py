@@ -90,6 +90,7 @@ def run_problems(
     max_evaluations: float | None = None,
     refine: float | None = None,
     prune: bool = False,
+    ends: bool = False,
     lanes: int | None = None,
     memory: float | None = None,
     chunk: int | None = None,
@@ -124,6 +125,9 @@ def run_problems(
         neighbours are within this factor of it, or 16 rounds are over; None races the grid alone.
       prune: stop a run once another step size of its seed has arrived in fewer steps. The best
         step size and its steps are the same, to every milestone too; the other runs are DOMINATED.
+      ends: keep the parameters that each run was judged by last: RaceResult.end. Takes memory for one more
+        set of parameters per lane and one per run, their number rounded up to a power of two, on the device;
+        twice the latter on the host for a moment, once in the `folder`, and on every device of a mesh.
       lanes: runs in flight per thread; None finds it by a short probe.
       memory: bytes that the lanes may take; a quarter of the machine's or the device's by default.
       chunk: seeds raced at a time; None races all of them, or with a folder as many as there are cores.
@@ -136,7 +140,8 @@ def run_problems(
     Raises:
       ProblemError: a start is not finite or meets its target already.
       StructureError: the problems differ in structure, shapes or dtypes.
-      SpecError: a grid or a count has no meaning, or several orders of a deterministic sample.
+      SpecError: a grid or a count has no meaning, several orders of a deterministic sample, or ends of
+        parameters that span processes.
     """
     counts = {"steps": steps, "orders": orders, "eval_every": eval_every, "lanes": lanes, "chunk": chunk}
     for name, count in counts.items():
@@ -149,6 +154,8 @@ def run_problems(
     as_partial = sample if isinstance(sample, Partial) else Partial(sample)
     inputs.check_orders(as_partial, key, orders)
     stacked = inputs.stack(problems)
+    if ends:
+        inputs.check_ends(stacked)
     eval_args = None if eval_args is None else tuple(eval_args)
     targets = inputs.targets(target, milestones, len(problems))
     inputs.check_start(stacked, as_partial(key) if eval_args is None else eval_args, targets[:, -1])
@@ -164,6 +171,7 @@ def run_problems(
         evaluations=np.inf if max_evaluations is None else max_evaluations,
         eval_every=eval_every,
         prune=prune,
+        ends=ends,
         key=key,
         lanes=lanes or 1,
         chunk=chunk or (len(problems) * orders if folder is None else execution.cores()),

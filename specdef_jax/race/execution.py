@@ -180,6 +180,7 @@ def probe(runs: Runs, factory: Factory, eval_every: int, memory: float | None = 
         jax.tree.structure((runs.problems, runs.sample, runs.eval_args)),
         tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves((runs.problems, runs.eval_args))),
         memory,
+        runs.ends,
     )
     share = len(_shares(runs, 1)[0])
     many = min(WIDEST, 1 << max(share // TURNS, 1).bit_length() - 1)
@@ -207,7 +208,8 @@ def _fits(runs: Runs, factory: Factory, eval_every: int, lanes: int, memory: flo
         first, part, jnp.asarray(1), factory=factory, lanes=lanes, eval_every=eval_every
     )
     asked = lowered.compile().memory_analysis()
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((first.lanes.problem, first.lanes.state)))
+    lane = first.lanes
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((lane.problem, lane.state, lane.judged)))
     return asked is None or len(shares) * (asked.temp_size_in_bytes + held) <= memory
 
 

@@ -84,14 +84,15 @@ def check_orders(sample: Partial, key: PRNGKeyArray, orders: int) -> None:
 
 
 @jax.jit
-def _start_losses(problems: Problem, args: Sequence[Any]) -> Float[Array, "problems"]:
+def start_losses(problems: Problem, args: tuple[Any, ...]) -> Float[Array, "problems"]:
+    """Return the loss at the start of each of the stacked problems."""
     return jax.lax.map(lambda p: p.loss(p.params, *args), problems)
 
 
 def check_start(problems: Problem, args: Sequence[Any], targets: np.ndarray) -> None:
     """Raise ProblemError for a start that is not finite or meets its target already."""
     for i, (loss, target) in enumerate(
-        zip(np.asarray(_start_losses(problems, tuple(args))), targets, strict=True)
+        zip(np.asarray(start_losses(problems, tuple(args))), targets, strict=True)
     ):
         if not np.isfinite(loss):
             raise ProblemError(f"problem {i} starts at loss {loss}; repair its parameters or data.")
@@ -101,6 +102,16 @@ def check_start(problems: Problem, args: Sequence[Any], targets: np.ndarray) -> 
             raise ProblemError(
                 f"problem {i} starts at loss {loss:.4g}, which meets the target {target:.4g} already; "
                 "choose a lower target."
+            )
+
+
+def check_ends(problems: Problem) -> None:
+    """Raise SpecError for parameters whose ends no single process could hold."""
+    for name, leaf in trees.named_leaves(problems.params):
+        if not leaf.is_fully_addressable:
+            raise SpecError(
+                f"ends=True, but '{name}' lies on devices of several processes; race without, and have "
+                "single runs again with race.replay, which leaves parameters where they are."
             )
 
 

@@ -1,4 +1,4 @@
-"""One run again, for the parameters it ends with: a race keeps losses only."""
+"""One run again, for its parameters after any number of steps: a race keeps at most those it ended with."""
 
 from __future__ import annotations
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from specdef_jax.errors import ProblemError, SpecError
 from specdef_jax.race.runs import Outcome
@@ -22,6 +24,7 @@ CELLS = {
     "last": np.nan,
     "peak": np.nan,
     "trace": np.nan,
+    "ends": np.nan,
 }
 
 
@@ -48,6 +51,8 @@ class RaceResult:
       seconds: wall-clock time, compilation apart.
       compile_seconds: time until the first result of each compiled function.
       step_seconds: (optimizers,) wall-clock time over steps taken, with the lanes that were in flight.
+      ends: the parameters that each run was judged by last, every leaf with (optimizers, steps, seeds) in
+        front; None unless asked for.
     """
 
     names: tuple[str, ...]
@@ -67,6 +72,7 @@ class RaceResult:
     seconds: float
     compile_seconds: float
     step_seconds: Float[np.ndarray, "optimizers"]
+    ends: PyTree = None
 
     def index(self, name: str) -> int:
         """Return the position of an optimizer; ProblemError if it was not raced."""
@@ -106,6 +112,30 @@ class RaceResult:
             outcome=np.where(reached, Outcome.REACHED, self.outcome),
             targets=self.targets[:, milestone, None],
         )
+
+    def end(self, name: str, step: int, seed: int) -> PyTree:
+        """Return the parameters that one run was judged by last, as numpy arrays.
+
+        Evaluations are `eval_every` steps apart. A run that arrived is told by the first one at or below the
+        target: the parameters are those after ceil(to_target / eval_every) * eval_every steps. One that was
+        censored ends with the last evaluation within the caps, a dominated one with that at which it was
+        stopped, and one that diverged with the first whose loss is not finite, whatever its parameters are.
+
+        Args:
+          name: of the optimizer.
+          step: index into its grid.
+          seed: index of the seed.
+
+        Raises:
+          ProblemError: the optimizer was not raced, or the race kept no parameters.
+          SpecError: its grid has no such step size, or there is no such seed.
+        """
+        i, shape = self.index(name), (self.grid(name).size, len(self.targets))
+        if self.ends is None:
+            raise ProblemError("this race kept no parameters; race with ends=True.")
+        if not (0 <= step < shape[0] and 0 <= seed < shape[1]):
+            raise SpecError(f"no run {(step, seed)} of {name!r}: there are {shape} step sizes and seeds.")
+        return jax.tree.map(lambda x: x[i, step, seed], self.ends)
 
     @property
     def censored(self) -> dict[str, np.ndarray]:
@@ -179,19 +209,22 @@ def merged(results: Mapping[str, list[RaceResult]]) -> RaceResult:
     """Return one race of all optimizers out of races of each, over all step sizes that were run.
 
     Args:
-      results: per optimizer, races of the same seeds and targets over disjoint grids.
+      results: per optimizer, races of it alone, of the same seeds and targets over disjoint grids.
     """
     one = next(iter(results.values()))[0]
     width = max(sum(race.grid(name).size for race in races) for name, races in results.items())
-    columns: dict[str, list[np.ndarray]] = {field: [] for field in ("step_sizes", *CELLS)}
+    columns: dict[str, list[Any]] = {field: [] for field in ("step_sizes", *CELLS)}
     seconds = []
     for name, races in results.items():
         steps = np.concatenate([race.grid(name) for race in races])
         order = np.argsort(steps)
         columns["step_sizes"].append(_padded(steps[order], width, np.nan))
         for field, empty in CELLS.items():
-            cells = [getattr(race, field)[race.index(name), : race.grid(name).size] for race in races]
-            columns[field].append(_padded(np.concatenate(cells)[order], width, empty))
+
+            def joined(*cells: np.ndarray, order: np.ndarray = order, empty: float = empty) -> np.ndarray:
+                return _padded(np.concatenate([x[0] for x in cells])[order], width, empty)
+
+            columns[field].append(jax.tree.map(joined, *(getattr(race, field) for race in races)))
         taken = [race.seconds / race.step_seconds[0] for race in races]  # races of one optimizer
         seconds.append(sum(race.seconds for race in races) / sum(taken))
     every = [race for races in results.values() for race in races]
@@ -201,7 +234,7 @@ def merged(results: Mapping[str, list[RaceResult]]) -> RaceResult:
         seconds=sum(race.seconds for race in every),
         compile_seconds=sum(race.compile_seconds for race in every),
         step_seconds=np.asarray(seconds),
-        **{field: np.stack(column) for field, column in columns.items()},
+        **{field: jax.tree.map(lambda *rows: np.stack(rows), *column) for field, column in columns.items()},
     )
 
 

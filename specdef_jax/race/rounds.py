@@ -36,6 +36,7 @@ class Rounds:
       evaluations: cap on gradient evaluations.
       eval_every: steps between evaluations.
       prune: whether to stop dominated runs.
+      ends: whether to keep the parameters that each run was judged by last.
       key: of the data orders.
       lanes: runs in flight.
       chunk: seeds raced, and stored, at a time.
@@ -53,6 +54,7 @@ class Rounds:
     evaluations: float
     eval_every: int
     prune: bool
+    ends: bool
     key: PRNGKeyArray
     lanes: int
     chunk: int
@@ -88,6 +90,7 @@ class Rounds:
             record_at=jnp.asarray(self.record_at),
             best=jnp.asarray(best, dtype),
             prune=jnp.asarray(self.prune),
+            ends=self.ends,
         )
 
     def race(
@@ -128,9 +131,11 @@ class Rounds:
         return self._result(name, grid, chunks)
 
     def _result(self, name: str, grid: np.ndarray, chunks: list[execution.Finished]) -> RaceResult:
-        def column(field: str) -> np.ndarray:
-            parts = [np.asarray(getattr(chunk.results, field)) for chunk in chunks]
+        def joined(*parts: np.ndarray) -> np.ndarray:
             return np.concatenate([x.reshape(grid.size, -1, *x.shape[1:]) for x in parts], axis=1)[None]
+
+        def column(field: str) -> Any:
+            return jax.tree.map(joined, *(getattr(chunk.results, field) for chunk in chunks))
 
         crossings = column("steps")
         seconds = sum(chunk.seconds for chunk in chunks)
@@ -146,7 +151,7 @@ class Rounds:
             seconds=seconds,
             compile_seconds=sum(chunk.compile_seconds for chunk in chunks),
             step_seconds=np.array([seconds / max(sum(chunk.steps for chunk in chunks), 1)]),
-            **{f: column(f) for f in ("evaluations", "spent", "outcome", "last", "peak", "trace")},
+            **{f: column(f) for f in ("evaluations", "spent", "outcome", "last", "peak", "trace", "ends")},
         )
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Int, PyTree
 
 from specdef_jax.optim.work import work
 from specdef_jax.race.runs import Factory, Lane, Outcome, Progress, Results, Runs
+from specdef_jax.sharding import placed, sharding_of
 
 
 @functools.partial(jax.jit, static_argnames=("factory", "lanes"))
@@ -38,6 +39,7 @@ def start(runs: Runs, *, factory: Factory, lanes: int) -> Progress:
         last=unknown,
         peak=unknown,
         trace=jnp.full((total, runs.record_at.size), jnp.nan, dtype),
+        ends=jax.tree.map(functools.partial(_room, total), _kept(runs, runs.problems.params)),
     )
     fresh = _over_lanes(functools.partial(_enter, runs, factory), lanes)(first)
     return Progress(fresh, results, runs.best, jnp.asarray(lanes), jnp.asarray(0), jnp.zeros((), dtype))
@@ -57,7 +59,7 @@ def advance(
 
     def train(carry: tuple[Array, Progress]) -> tuple[Array, Progress]:
         """Train until a run is over: a loop of its own, as a branch inside it would copy every parameter."""
-        iterate = functools.partial(_iterate, runs, factory, eval_every, carry[1].best)
+        iterate = functools.partial(_iterate, runs, factory, eval_every, lanes == 1, carry[1].best)
         if lanes > 1:
             iterate = jax.vmap(iterate)
 
@@ -75,6 +77,16 @@ def advance(
         return (i < iterations) & (progress.done < runs.count)
 
     return jax.lax.while_loop(unfinished, train, (jnp.zeros_like(iterations), progress))[1]
+
+
+def _kept(runs: Runs, params: PyTree) -> PyTree:
+    """Return the parameters of a race that keeps them, else None: nothing of it is compiled."""
+    return params if runs.ends else None
+
+
+def _room(count: int, stacked: Array) -> Array:
+    """Return room for so many of what is stacked, with its sharding."""
+    return placed(jnp.zeros((count, *stacked.shape[1:]), stacked.dtype), sharding_of(stacked))
 
 
 def _without_axis(tree: PyTree, lanes: int) -> PyTree:
@@ -116,11 +128,16 @@ def _enter(runs: Runs, factory: Factory, run: Array) -> Lane:
         finished=jnp.zeros((), bool),
         trace=jnp.full(runs.record_at.shape, jnp.nan, dtype),
         slot=jnp.zeros((), jnp.int32),
+        judged=_kept(runs, task.params),
     )
 
 
-def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: Lane) -> Lane:
-    """Evaluate one lane, then train it for eval_every steps unless it is finished."""
+def _iterate(runs: Runs, factory: Factory, eval_every: int, alone: bool, best: Array, lane: Lane) -> Lane:
+    """Evaluate one lane, then train it for eval_every steps unless it is finished.
+
+    A lane beside others trains on with them, and what it does after its end is thrown away; one that is
+    `alone` stops. The steps are one loop where they can be: every copy of a step in it is compiled again.
+    """
     optimizer = optax.with_extra_args_support(factory(lane.step_size))
     loss = lane.problem.loss
 
@@ -132,19 +149,24 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, best: Array, lane: L
         params, state, value = step(optimizer, loss, params, state, args)
         return (params, state, spent + work(state).astype(spent.dtype)), value
 
-    carry, value = train(0, (lane.problem.params, lane.state, lane.spent))
-    if runs.eval_args is not None:
+    carry = (lane.problem.params, lane.state, lane.spent)
+    if runs.eval_args is None:  # the loss of the step itself, which is taken to know it
+        carry, value = train(0, carry)
+    else:
         value = loss(lane.problem.params, *runs.eval_args)
-    if eval_every > 1:
-        carry = jax.lax.fori_loop(1, eval_every, lambda i, c: train(i, c)[0], carry)
     evaluated = _evaluate(runs, eval_every, best, lane, value.astype(lane.metric.dtype))
+    taken = 1 if runs.eval_args is None else 0
+    if eval_every > taken:
+        until = jnp.where(evaluated.finished, taken, eval_every) if alone else eval_every
+        carry = jax.lax.fori_loop(taken, until, lambda i, c: train(i, c)[0], carry)
     params, state, spent = carry
     return replace(
         evaluated,
         problem=replace(lane.problem, params=params),
         state=state,
         t=lane.t + eval_every,
-        spent=jnp.where(evaluated.finished, lane.spent, spent),  # the steps after the end are thrown away
+        spent=jnp.where(evaluated.finished, lane.spent, spent),
+        judged=_kept(runs, lane.problem.params),
     )
 
 
@@ -216,6 +238,7 @@ def _refill(runs: Runs, factory: Factory, lanes: int, progress: Progress) -> Pro
         last=write(results.last, lane.metric),
         peak=write(results.peak, lane.peak),
         trace=write(results.trace, lane.trace),
+        ends=jax.tree.map(write, results.ends, lane.judged),
     )
     rank = jnp.cumsum(finished) - 1
     entering = jnp.where(finished, progress.next_run + rank, lane.run)

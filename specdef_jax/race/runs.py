@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import optax
@@ -47,6 +47,7 @@ class Runs:
       best: fewest steps in which each seed has arrived so far; runs beyond it stop as dominated.
         Never lowered when `prune` is false.
       prune: whether to stop dominated runs.
+      ends: whether to keep the parameters that each run was judged by last (static).
     """
 
     problems: Problem
@@ -63,12 +64,16 @@ class Runs:
     record_at: Int[Array, "records"]
     best: Float[Array, "seeds"]
     prune: Bool[Array, ""]
+    ends: bool = field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Results:
-    """What is known of each run: steps and gradient evaluations to each target, NaN unless reached."""
+    """What is known of each run: steps and gradient evaluations to each target, NaN unless reached.
+
+    `ends` has the structure of the parameters, its leaves with runs in front, or is None where none are kept.
+    """
 
     steps: Float[Array, "runs targets"]
     evaluations: Float[Array, "runs targets"]
@@ -77,6 +82,7 @@ class Results:
     last: Float[Array, "runs"]
     peak: Float[Array, "runs"]
     trace: Float[Array, "runs records"]
+    ends: PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +91,7 @@ class Lane:
     """One run in flight.
 
     `run` is its index, or the number of runs when the lane is idle; `slot` is where in `trace` the next
-    recorded loss belongs.
+    recorded loss belongs; `judged` the parameters of the last evaluation, or None where they are not kept.
     """
 
     run: Int[Array, "*lanes"]
@@ -105,6 +111,7 @@ class Lane:
     finished: Bool[Array, "*lanes"]
     trace: Float[Array, "*lanes records"]
     slot: Int[Array, "*lanes"]
+    judged: PyTree
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from specdef_jax.files import atomic_write_bytes
 from specdef_jax.race import runner
@@ -24,6 +25,7 @@ from specdef_jax.race.runs import Factory, Results, Runs
 log = logging.getLogger(__name__)
 
 NUMBERS = ("steps", "compile_seconds", "seconds")
+FIELDS = [field.name for field in fields(Results) if field.name != "ends"]  # of one array each
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,15 @@ class Store:
         """Return what an earlier race left of these runs, or race them and leave it for the next."""
         path = self.folder / f"{name}-{fingerprint(factory, runs, eval_every, lanes)}.npz"
         if path.exists():
-            found = _read(path)
+            found = _read(path, runs)
             if found is not None:
                 log.info("%s: taken from %s", name, path)
                 return found
         finished = race()
         buffer = io.BytesIO()
-        results = {field.name: getattr(finished.results, field.name) for field in fields(Results)}
-        np.savez(buffer, **results, **{f"told_{n}": getattr(finished, n) for n in NUMBERS})
+        results = {name: getattr(finished.results, name) for name in FIELDS}
+        ends = {f"end_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(finished.results.ends))}
+        np.savez(buffer, **results, **ends, **{f"told_{n}": getattr(finished, n) for n in NUMBERS})
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(path, buffer.getvalue())
         return finished
@@ -96,12 +99,19 @@ def _program(
     return digest.digest()
 
 
-def _read(path: Path) -> Finished | None:
+def _read(path: Path, runs: Runs) -> Finished | None:
     """Return a stored chunk, or None for a file that is no such thing: it is raced and written again."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            results = Results(**{field.name: file[field.name] for field in fields(Results)})
+            ends = _ends(file, runs.problems.params) if runs.ends else None
+            results = Results(**{name: file[name] for name in FIELDS}, ends=ends)
             return Finished(results, **{name: float(file[f"told_{name}"]) for name in NUMBERS})
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         log.warning("%s cannot be read; its runs are raced again", path)
         return None
+
+
+def _ends(file: Any, params: PyTree) -> PyTree:
+    """Return the stored parameters, in their dtypes: numpy forgets the name of the narrow ones."""
+    leaves, structure = jax.tree.flatten(params)
+    return structure.unflatten(file[f"end_{i}"].view(leaf.dtype) for i, leaf in enumerate(leaves))

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specdef_jax import race
 from specdef_jax.errors import SpecDefError
 from specdef_jax.parametrization import Problem
 from specdef_jax.programs import free_when_many
+from specdef_jax.race import inputs
 from specdef_jax.race.result import RaceResult
 from specdef_jax.race.runs import Factory
 from specdef_jax.replication.config import Config
@@ -44,6 +46,7 @@ def raced(
         eval_args=experiment.judged_on,
         refine=refine,
         prune=refine is not None,
+        ends=True,  # not only where they are read, so that all races of one structure are one program
         lanes=1,
         chunk=None if folder is None else len(problems),
         folder=folder,
@@ -52,28 +55,24 @@ def raced(
 
 def ends(
     experiment: Experiment,
-    config: Config,
     problems: Sequence[Problem],
-    factory: Factory,
     result: RaceResult,
     *,
     shown: bool = False,
 ) -> list[dict[str, Any]]:
     """Return, for each step size of the only optimizer, what every network needed and what it is after it.
 
-    With `shown`, also samples of the first network.
+    Capability and retained loss are those of the parameters that the run was judged by last (RaceResult.end):
+    the first to meet the target, or those at the cap. They are judged every few steps, and `steps` is
+    interpolated in between. With `shown`, also samples of the first network.
     """
     (name,) = result.names
-    key = jax.random.split(jax.random.key(config.seed), 1)[0]
     grid = result.grid(name)
 
     def end(i: int, j: int) -> dict[str, Any]:
-        steps = float(result.to_target[0, i, j])
-        taken = config.steps if np.isnan(steps) else int(np.ceil(steps))
-        one, step_size = problems[j], float(grid[i])
-        params = one.read_back(race.replay(one, factory, step_size, taken, sample=experiment.sample, key=key))
+        params = problems[j].read_back(jax.tree.map(jnp.asarray, result.end(name, i, j)))
         found: dict[str, Any] = {
-            "steps": steps,
+            "steps": float(result.to_target[0, i, j]),
             "capability": float(experiment.capability(params)),
             "retained": float(experiment.retained(params)),
             "peak": float(result.peak[0, i, j]),
@@ -96,11 +95,11 @@ def row(experiment: Experiment, config: Config, one: Row, folder: Path | None) -
     start: list[dict[str, float]] = []
     try:
         problems = [one.make(j) for j in range(count)]
-        start = [state(experiment, problem) for problem in problems]
+        start = states(experiment, problems)
         result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder)
     except SpecDefError as error:
         return {"start": start, "cells": [], "refused": str(error)}
-    told = ends(experiment, config, problems, adam, result, shown=one.headline)
+    told = ends(experiment, problems, result, shown=one.headline)
     return {"start": start, "cells": told, "refused": ""}
 
 
@@ -130,16 +129,19 @@ def fastest(
     } | {"refused": ""}
 
 
-def state(experiment: Experiment, one: Problem) -> dict[str, float]:
-    """Return what a network can do where a problem starts."""
-    params = one.read_back(one.params)
-    return {
-        "judged": float(_judged(one, experiment.judged_on)),
-        "capability": float(experiment.capability(params)),
-        "retained": float(experiment.retained(params)),
-    }
+def states(experiment: Experiment, problems: Sequence[Problem]) -> list[dict[str, float]]:
+    """Return what each of several networks can do where its problem starts.
 
-
-@jax.jit
-def _judged(one: Problem, args: tuple[Any, ...]) -> jax.Array:
-    return one.loss(one.params, *args)
+    Raises:
+      StructureError: the problems differ in structure or shapes, and cannot be raced together.
+    """
+    judged = inputs.start_losses(inputs.stack(problems), experiment.judged_on)  # compiled for the race too
+    plain = [one.read_back(one.params) for one in problems]
+    return [
+        {
+            "judged": float(loss),
+            "capability": float(experiment.capability(params)),
+            "retained": float(experiment.retained(params)),
+        }
+        for loss, params in zip(judged, plain, strict=True)
+    ]

@@ -29,7 +29,7 @@ FORMATS = ("float64", "float32", "bfloat16", "float16")
 def facts(experiment: Experiment) -> dict[str, Any]:
     """Tell what every variant can do before any attack, and show samples of the first network."""
     told = {
-        variant: [cells.state(experiment, rows.plain(experiment, variant, i)) for i in range(len(networks))]
+        variant: cells.states(experiment, [rows.plain(experiment, variant, i) for i in range(len(networks))])
         for variant, networks in experiment.networks.items()
     }
     samples = {}

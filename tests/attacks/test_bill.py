@@ -1,5 +1,6 @@
 """What stands on a bill, against counts by hand."""
 
+import functools
 import math
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import specdef_jax as sd
 from specdef_jax import attacks, trees
 from specdef_jax.attacks import ATTACKS, Knowledge
+from specdef_jax.attacks.bill import carry_out
 from specdef_jax.errors import ProblemError
 from specdef_jax.parametrization import Problem, problem
 from specdef_jax.tasks.networks import mlp
@@ -123,3 +125,21 @@ def test_problems_of_one_attack_share_a_structure(released):
         assert isinstance(tasks[0], Problem)
         assert jax.tree.structure(tasks[0]) == jax.tree.structure(tasks[1]), name
         assert trees.size(tasks[0]) == trees.size(tasks[1])
+
+
+def test_bills_of_one_shape_compile_once(released):
+    traced = []
+
+    def counted(step_size):
+        traced.append(None)
+        return optax.sgd(step_size)
+
+    def charge(tree):
+        convert = functools.partial(problem, LOSS, tree, *ARGS)
+        return carry_out("any", convert, LOSS, tree, *ARGS, wrap=lambda factory: counted).bill
+
+    first, again = charge(released), charge(jax.tree.map(lambda x: 2 * x, released))
+    assert len(traced) == 2  # the start of the optimizer, and a step
+    assert (again.added_flops, again.peak_bytes) == (first.added_flops, first.peak_bytes)
+    assert charge(PARAMS).peak_bytes < first.peak_bytes
+    assert len(traced) == 4

@@ -55,7 +55,11 @@ def raced(count=3, optimizers=None, **changes):
 
 def assert_equal(a, b):
     for field in ("step_sizes", *CELLS):
-        np.testing.assert_array_equal(getattr(a, field), getattr(b, field), err_msg=field)
+        a_tree, b_tree = (jax.tree.flatten(getattr(found, field)) for found in (a, b))
+        assert a_tree[1] == b_tree[1], field
+        for x, y in zip(a_tree[0], b_tree[0], strict=True):
+            assert x.dtype == y.dtype, field
+            np.testing.assert_array_equal(x, y, err_msg=field)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +145,8 @@ def test_a_killed_race_goes_on(tmp_path):
         def slow(done, total):
             print(done, flush=True)
             time.sleep(0.2)
-        raced(folder=sys.argv[1], chunk=1, progress=slow)
+        found = raced(folder=sys.argv[1], chunk=1, progress=slow, ends=True)
+        print(found.ends["w"].tobytes().hex())
     """)
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     command = [sys.executable, "-c", script, str(tmp_path), root]
@@ -156,6 +161,7 @@ def test_a_killed_race_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list(tmp_path.glob("*.npz"))) == 6
     assert all(path.stat().st_mtime_ns == at for path, at in left.items())
+    assert done.stdout.split()[-1] == raced(ends=True).ends["w"].tobytes().hex()
 
 
 def test_the_fingerprint_sees_constants_of_the_program(tmp_path):

@@ -220,6 +220,21 @@ def test_interpolates_between_evaluations(every):
     np.testing.assert_allclose(found.trace[0, 0, 0], 10 - 0.5 * found.record_at)
 
 
+def test_a_run_alone_takes_no_step_after_its_end():
+    draws = []
+
+    def counted(key):
+        jax.debug.callback(lambda: draws.append(None))
+        return offsets(key)
+
+    race.run(
+        line, {"x": jnp.asarray(10.0)}, {"sgd": race.sgd}, sample=counted, steps=20, step_sizes=(1e-3, 2e-3),
+        target=2.03, key=KEY, eval_every=10, eval_args=(0.0,), lanes=1,
+    )  # fmt: skip
+    jax.effects_barrier()
+    assert len(draws) == 1 + 2 * 20  # one to check the start
+
+
 def test_pruning_lets_a_run_finish_that_arrives_a_little_earlier():
     found = race.run(
         line, {"x": jnp.asarray(10.0)}, {"sgd": race.sgd}, sample=offsets, steps=12,

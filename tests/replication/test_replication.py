@@ -107,7 +107,7 @@ def test_a_cell_is_what_a_loop_finds(experiment):
     reached, before = math.nan, math.inf
     for t in range(21):
         if t % config.judge_every == 0:
-            now = float(experiment.loss(params, *experiment.judged_on))
+            now, judged = float(experiment.loss(params, *experiment.judged_on)), params
             if now <= experiment.targets[0]:
                 share = (before - experiment.targets[0]) / (before - now)
                 reached = t - config.judge_every * (1 - share) if t else 0.0
@@ -117,6 +117,7 @@ def test_a_cell_is_what_a_loop_finds(experiment):
         updates, state = adam.update(jax.grad(experiment.loss)(params, *args), state, params)
         params = jax.tree.map(jnp.add, params, updates)
     assert found["steps"] == pytest.approx(reached, nan_ok=True, rel=1e-3)
+    assert found["retained"] == pytest.approx(float(experiment.retained(judged)), rel=1e-3)
 
 
 def test_what_meets_the_target_at_the_start_is_told_and_not_raced(experiment):
@@ -186,12 +187,12 @@ def test_headline_rows_are_raced_on_every_network(experiment):
 
 
 def test_what_undoes_the_defence_is_raced_from_the_defended_network(experiment):
-    start = cells.state(experiment, rows.plain(experiment, experiment.defended, 0))
+    (start,) = cells.states(experiment, [rows.plain(experiment, experiment.defended, 0)])
     undone = [one for one in rows.rows(experiment, SMOKE) if one.name.split()[0] in rows.UNDOING]
     assert len(undone) == len(rows.UNDOING)
     for one in undone:
         assert one.headline
-        assert cells.state(experiment, one.make(0)) == pytest.approx(start, rel=1e-4, abs=1e-4)
+        assert cells.states(experiment, [one.make(0)])[0] == pytest.approx(start, rel=1e-4, abs=1e-4)
 
 
 def test_networks_wait_for_a_rerun(tmp_path):
