@@ -9,8 +9,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Before jax is imported. More devices than cores, so that a sharding that does not divide is seen.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 # Most of a test is compilation. XLA's older emitters take half as long, and are gone from jaxlib 0.11 on.
-_fast = "--xla_backend_optimization_level=0" in os.environ["XLA_FLAGS"]
-if _fast and tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+if "--xla_backend_optimization_level=0" in os.environ["XLA_FLAGS"] and (
+    tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
+):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import hypothesis
