@@ -26,14 +26,23 @@ def headline(results: Results) -> str:
     """Return the whole verdict in one line."""
     if failures(results):
         return "A certificate failed"
-    ratios = [facts.slowdown(results, n) for n in facts.optimizers(results)]
-    if not any(r["value"] > 1 and not r["low"] <= 1 for r in ratios):
+    names = facts.optimizers(results)
+    slower = {facts.optimizer_name(n): _is_slower(facts.slowdown(results, n)) for n in names}
+    if not any(slower.values()):
         return "No slowdown of training was measured"
+    what = "training"
+    if not all(slower.values()):
+        yes, no = ([name for name in slower if slower[name] is wanted] for wanted in (True, False))
+        what = f"{listed(yes)}, not {listed(no)}"
     attack = facts.cheapest(results)
     if attack is None:
-        return "The deformation slows training, and these attacks do not undo it all"
+        return f"The deformation slows {what}, and these attacks do not undo it all"
     bill = results["race"]["arms"][attack]["bill"]
-    return f"The deformation slows training; undoing it takes {seconds(bill['conversion_seconds'])}"
+    return f"The deformation slows {what}; undoing it takes {seconds(bill['conversion_seconds'])}"
+
+
+def _is_slower(ratio: Any) -> bool:
+    return bool(ratio["value"] > 1 and not ratio["low"] <= 1)
 
 
 def verdict(results: Results) -> list[str]:

@@ -220,6 +220,17 @@ def test_no_slowdown_is_said_to_be_none(results):
     assert words.headline(results) == "No slowdown of training was measured"
 
 
+def test_the_headline_names_whom_it_slows_where_it_slows_some(results):
+    names = facts.optimizers(results)
+    for name in names:
+        _ratio(results, "top_4", "top_1", name).update(value=2.0, low=1.5, high=3.0)
+    assert words.headline(results).startswith("The deformation slows training; undoing it takes")
+    _ratio(results, "top_4", "top_1", names[-1]).update(value=0.9, low=0.8, high=1.1)
+    assert words.headline(results).startswith(
+        "The deformation slows SGD and momentum SGD, not Adam; undoing it"
+    )
+
+
 def test_a_failed_certificate_is_shown_in_red(results, page):
     assert not re.search(r'class="[^"]*is-failed', page)
     assert 'role="alert"' not in page
