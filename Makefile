@@ -11,7 +11,7 @@ WORKERS ?= auto
 TEST_ENV := JAX_PLATFORMS=cpu NPROC=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg \
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $$XLA_FLAGS" \
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 # Most of a test is compilation. The fast tests do without XLA's costly passes, test-all keeps them.
 FAST_ENV := XLA_FLAGS="--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 $$XLA_FLAGS"
 

@@ -35,7 +35,7 @@ def weights() -> dict[str, np.ndarray]:
         "model.layers.0.norm.weight": np.ones(4, np.float32),
         "model.embed_tokens.weight": np.ones((7, 4), np.float32),
         "ids": np.arange(6).reshape(2, 3),
-        "experts": np.ones((2, 3, 4), np.float32),
+        "heads": np.ones((2, 3, 4), np.float32),
     }
 
 
@@ -88,7 +88,7 @@ def test_deform_then_inspect_a_safetensors_file(source: Path, out: Path, capsys)
     np.testing.assert_allclose(rows[NAME]["singular_values"], oracle[:3], rtol=1e-5)
     np.testing.assert_allclose(rows[NAME]["gap"], max(oracle[:2] / oracle[1:3]), rtol=1e-5)
     assert rows["ids"]["singular_values"] is None
-    assert rows["experts"]["note"] == "axes unknown"
+    assert rows["heads"]["note"] == "axes unknown"
     assert main(["inspect", str(out), "--layers", "up_proj.weight"]) == 0
     printed = capsys.readouterr().out
     assert NAME in printed
@@ -172,7 +172,7 @@ BAD_INPUT = {
     ),
     "only a vector": (None, ["--layers", "norm.weight"], "matched only leaves that are no kernels"),
     "integers": (None, ["--layers", "ids"], "'ids' has dtype int64: .*dequantize"),
-    "ambiguous axes": (None, ["--layers", "experts"], r"'experts' has shape \(2, 3, 4\), which is ambiguous"),
+    "ambiguous axes": (None, ["--layers", "heads"], r"'heads' has shape \(2, 3, 4\), which is ambiguous"),
     "no layers": (None, ["--layers", ""], "at least one glob"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-1]), [], "in.safetensors.* truncated or corrupt"),
     "corrupt": (lambda p: p.write_bytes(b"\x10" + p.read_bytes()[1:]), [], "in.safetensors.* corrupt"),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import specdef_jax as sd
 from specdef_jax import attacks, race, report
@@ -31,21 +32,37 @@ def unet_data():
     return (latents, noise, jnp.asarray([10, 500]), states), (latents, jnp.asarray([10, 500]), states)
 
 
+def one_layer(source, directory):
+    """Write a checkpoint with the first layer of another only."""
+    directory.mkdir()
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for path in source.glob("model*.safetensors"):
+        tensors |= load_file(path)
+    kept = {name: x for name, x in tensors.items() if ".layers." not in name or ".layers.0." in name}
+    save_file(kept, directory / "model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def certified(tmp_path_factory):
-    out = tmp_path_factory.mktemp("model")
+    out, shallow = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("stored")
+    directory = shallow / "llama_tiny"
+    one_layer(DATA / "llama_tiny", directory)
     few = {name: attacks.ATTACKS[name] for name in ("fuse", "blind")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger_stage, "ATTACKS", few)
         patch.setattr(race, "DEFAULT", {name: race.DEFAULT[name] for name in ("sgd", "adam")})
         made = certify(
-            out, SMALL, task=model_task(DATA / "llama_tiny", (TOKENS,), layers=("layers.0.**.v_proj.weight",))
+            out,
+            SMALL,
+            task=model_task(shallow / "llama_tiny", (TOKENS,), layers=("layers.0.**.v_proj.weight",)),
         )
-    return made, out
+    return made, out, directory
 
 
 def test_a_checkpoint_is_certified_end_to_end(certified):
-    made, out = certified
+    made, out, _ = certified
     assert made.holds
     assert made.results["task"]["name"] == "llama_tiny"
     assert {layer["path"] for layer in made.results["task"]["layers"]} == {
@@ -63,7 +80,7 @@ def test_the_stored_format_tells_what_changes(certified):
         assert abs(row["divergence"]) < 1e-6
         assert row["same_top_token"] == 1
         assert row["perplexity_deformed"] == pytest.approx(row["perplexity"], rel=1e-5)
-    model = sd.hub.load(DATA / "llama_tiny")
+    model = sd.hub.load(certified[2])
     assert four["perplexity"] == pytest.approx(
         math.exp(float(model.loss(model.params, jnp.asarray(TOKENS)))), rel=1e-6
     )
