@@ -56,7 +56,7 @@ def certified(tmp_path_factory):
         made = certify(
             out,
             SMALL,
-            task=model_task(shallow / "llama_tiny", (TOKENS,), layers=("layers.0.**.v_proj.weight",)),
+            task=model_task(directory, (TOKENS,), layers=("layers.0.**.v_proj.weight",)),
         )
     return made, out, directory
 
