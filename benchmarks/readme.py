@@ -348,7 +348,8 @@ def model_speed() -> str:
     lines = [
         f"Models beside their PyTorch implementations ({', '.join(f'{n} {v}' for n, v in peers.items())}; "
         f"float32, {machine(record)}, threads: {record['config']['threads']}): milliseconds of "
-        "ours, and how many times faster, above 1, or slower; and ours deformed, every value projection a pair, over plain.",
+        "ours, and how many times faster, above 1, or slower; and ours deformed, every value projection a "
+        "pair, over plain.",
         "",
         "| model, parameters | forward | training step | deformed / plain |",
         "|---|---|---|---|",
