@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._harness import RESULTS, machine
-from benchmarks._replications import SYSTEMS, headline_rows, kept, learnable, taught, undefended
+from benchmarks._replications import headline_rows, kept, label, learnable, taught, undefended
 from specdef_jax.race import Ratio, ratio_of_means
 from specdef_jax.replication import tables
 from specdef_jax.replication.reading import Results, best, capability, median, steps
@@ -93,7 +93,6 @@ def _systems(found: list[Results]) -> list[str]:
     lines = ["## Systems", "", "Steps of Adam / capability at the end, at the best step size of the matrix."]
     lines += ["", f"| {' | '.join(head)} |", "|---|" + "---|" * (len(head) - 1)]
     for results in found:
-        name = results["task"]["name"]
         change = next(
             r["after"] - r["before"]
             for r in results["utility"]
@@ -103,18 +102,15 @@ def _systems(found: list[Results]) -> list[str]:
             f"{capability(results, results['task']['defended']):.2f}",
             *(_end(a, results) for a in headline_rows(results)),
         ]
-        lines.append(
-            f"| {SYSTEMS.get(name, name)} | {' | '.join(cells)} | {math.exp(min(change, 99)):.3g} times |"
-        )
+        lines.append(f"| {label(results)} | {' | '.join(cells)} | {math.exp(min(change, 99)):.3g} times |")
     head = "no defence", "SpecDef, on the composite", "SpecDef, on the factors as released"
     lines += ["", "LoRA with Adam, steps at the best step size:", ""]
     lines += [f"| system | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
     for results in found:
-        name = results["task"]["name"]
         for rank in results["config"]["ranks"]:
             arms_ = [f"{arm}, rank {rank}" for arm in LORA]
             cells = [tables.fastest(results["lora"][arm], "adam") for arm in arms_]
-            lines.append(f"| LoRA of rank {rank} on {SYSTEMS.get(name, name)} | {' | '.join(cells)} |")
+            lines.append(f"| LoRA of rank {rank} on {label(results)} | {' | '.join(cells)} |")
     return lines
 
 

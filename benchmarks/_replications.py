@@ -27,6 +27,12 @@ def kept() -> list[Results]:
     return sorted(found, key=lambda r: known.index(r["task"]["name"]) if r["task"]["name"] in known else 99)
 
 
+def label(results: Results) -> str:
+    """Return the name of the system in the documents."""
+    name = results["task"]["name"]
+    return SYSTEMS.get(name, name)
+
+
 def undefended(results: Results) -> dict[str, Any]:
     """Return the row of the variant that is defended, without the defence."""
     return results["matrix"][NAMES[results["task"]["defended"]]]

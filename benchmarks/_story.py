@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks._replications import SYSTEMS, headline_rows, learnable, taught
+from benchmarks._replications import headline_rows, label, learnable, taught
 from specdef_jax.replication.reading import Results, best, capability, median, typical
 from specdef_jax.report import svg
 from specdef_jax.report.axes import clean, log_axis
@@ -79,14 +79,10 @@ def told(found: list[Results]) -> str:
 def _not_counted(results: Results) -> str:
     before, after, known = taught(results)
     return (
-        f" Not counted is {_label(results)}: there the attacker's loss reaches its target before the "
+        f" Not counted is {label(results)}: there the attacker's loss reaches its target before the "
         f"capability is back, without a defence too ({after:.2f}; {before:.2f} before, {known:.2f} of who "
         "was taught it)."
     )
-
-
-def _label(results: Results) -> str:
-    return SYSTEMS.get(results["task"]["name"], results["task"]["name"])
 
 
 def figure(found: list[Results]) -> bytes:
@@ -120,7 +116,7 @@ def draw(canvas: Any, colours: dict[str, str], found: list[Results]) -> None:
         for variant, dash in ((results["task"]["defended"], ":"), ("known", "-")):
             able = capability(results, variant)
             right.plot([able, able], [y - 0.4, y + 0.4], dash, color=colours["muted"], linewidth=1)
-    left.set_yticks(range(len(found)), [_label(r) + "*" * (not learnable(r)) for r in found])
+    left.set_yticks(range(len(found)), [label(r) + "*" * (not learnable(r)) for r in found])
     left.set_ylim(len(found) - 0.5, -0.5)
     left.tick_params(axis="y", length=0, labelcolor=colours["ink"])
     left.set_xlabel(f"steps until the attack's loss is at its target (hollow: not within {cap})")

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from specdef_jax import trees
 from specdef_jax.errors import SpecError, StructureError
 from specdef_jax.pair import frame_of
-from specdef_jax.parametrization import Deformed, KernelAxes, Side, full_precision_matmul, is_structured
-from specdef_jax.spec import Plan
+from specdef_jax.parametrization import Deformed, KernelAxes, Side, full_precision_matmul
+from specdef_jax.spec import Layer, Plan
+from specdef_jax.specdef import map_planned
 
 
 @jax.tree_util.register_dataclass
@@ -49,12 +49,7 @@ class LowRank:
         Raises:
           StructureError: it is the kernel of a convolution.
         """
-        if self.axes.window:
-            raise StructureError(
-                f"a kernel of shape {self.weight.shape} with window axes {self.axes.window} is a "
-                "convolution, not a linear map; merge it."
-            )
-        matrix = self.axes.to_sided(self.weight, self.side)
+        matrix = self.axes.to_linear(self.weight, self.side)
         if self.side == "output":
             return self._compensate(full_precision_matmul(h, matrix)).astype(h.dtype)
         return full_precision_matmul(self._compensate(h).astype(h.dtype), matrix).astype(h.dtype)
@@ -89,12 +84,8 @@ def compact(deformed: PyTree, plan: Plan) -> PyTree:
       >>> compact(apply_plan(params, made), made)["w"].U.shape
       (3, 1)
     """
-    missing = set(plan.layers)
 
-    def visit(name: str, leaf: Any) -> Any:
-        if name not in plan.layers:
-            return leaf
-        layer = plan[name]
+    def visit(name: str, leaf: Any, layer: Layer) -> LowRank:
         if layer.basis == "rotated":
             raise SpecError(
                 f"'{name}' was planned in the rotated basis, whose compensation has no low-rank form; "
@@ -102,14 +93,10 @@ def compact(deformed: PyTree, plan: Plan) -> PyTree:
             )
         if not isinstance(leaf, Deformed) or leaf.side != layer.side or leaf.axes != layer.axes:
             raise StructureError(f"'{name}' is not deformed as planned; pass apply_plan(params, plan).")
-        missing.discard(name)
         with jax.enable_x64(True):
             dtype = jnp.promote_types(leaf.weight.dtype, jnp.float32)
             U = frame_of(layer.U, layer.basis)
             shift = jnp.full(U.shape[-1], 1 / layer.alpha.astype(jnp.float64) - 1)
             return LowRank(leaf.weight, U.astype(dtype), shift.astype(dtype), leaf.side, leaf.axes)
 
-    found = trees.map_named(visit, deformed, is_leaf=is_structured)
-    if missing:
-        raise StructureError(f"the plan names {sorted(missing)}, which the network lacks.")
-    return found
+    return map_planned(visit, deformed, plan)

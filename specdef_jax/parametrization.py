@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
-from specdef_jax.errors import LayeredUnsupported, ProblemError, SpecError
+from specdef_jax.errors import LayeredUnsupported, ProblemError, SpecError, StructureError
 
 Side = Literal["output", "input"]
 Kernel = TypeVar("Kernel", Array, np.ndarray)  # what is reshaped stays what it is
@@ -81,6 +81,19 @@ class KernelAxes:
         order, shape = self._sided_layout(kernel.shape, side)
         kernel = kernel if order == tuple(range(kernel.ndim)) else kernel.transpose(order)
         return kernel if shape == kernel.shape else kernel.reshape(shape)
+
+    def to_linear(self, kernel: Kernel, side: Side) -> Kernel:
+        """Return to_sided of the kernel of a linear map.
+
+        Raises:
+          StructureError: it is the kernel of a convolution.
+        """
+        if self.window:
+            raise StructureError(
+                f"a deformed kernel of shape {kernel.shape} with window axes {self.window} is a convolution, "
+                "not a linear map; apply it through sd.layered, or merge it."
+            )
+        return self.to_sided(kernel, side)
 
     def from_sided(self, matrix: Kernel, shape: tuple[int, ...], side: Side) -> Kernel:
         """Undo to_sided for a kernel of the given shape."""

@@ -8,7 +8,7 @@ pure function of parameters and plan, so it runs under jit, vmap over alpha and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,22 +85,35 @@ def apply_plan(params: PyTree, plan: Plan) -> PyTree:
       StructureError: the plan names a leaf that `params` does not have, or with other features.
       LeafError: a planned leaf is deformed already, or of a dtype that cannot be deformed.
     """
+
+    def visit(name: str, leaf: Any, layer: Layer) -> Deformed:
+        if is_structured(leaf):
+            raise LeafError(f"'{name}' is deformed already; merge it first (sd.merge).")
+        return _deform_leaf(name, leaf, layer)
+
+    return map_planned(visit, params, plan)
+
+
+def map_planned(fn: Callable[[str, Any, Layer], Any], tree: PyTree, plan: Plan) -> PyTree:
+    """Replace every planned leaf by fn(name, leaf, layer).
+
+    Raises:
+      StructureError: the plan names a leaf that the tree does not have.
+    """
     missing = set(plan.layers)
 
     def visit(name: str, leaf: Any) -> Any:
         if name not in plan.layers:
             return leaf
         missing.discard(name)
-        if is_structured(leaf):
-            raise LeafError(f"'{name}' is deformed already; merge it first (sd.merge).")
-        return _deform_leaf(name, leaf, plan[name])
+        return fn(name, leaf, plan[name])
 
-    deformed = trees.map_named(visit, params, is_leaf=is_structured)
+    found = trees.map_named(visit, tree, is_leaf=is_structured)
     if missing:
         raise StructureError(
-            f"the plan names {sorted(missing)}, which the parameters lack; plan on the same tree."
+            f"the plan names {sorted(missing)}, which the tree lacks; plan on the same tree."
         )
-    return deformed
+    return found
 
 
 def deform(

@@ -12,7 +12,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specdef_jax.errors import StructureError
 from specdef_jax.parametrization import Deformed, KernelAxes, full_precision_matmul, is_structured
 
 
@@ -57,12 +56,7 @@ def factors(w: Deformed) -> tuple[Float[Array, "*stack n p"], Float[Array, "*sta
     Raises:
       StructureError: it is the kernel of a convolution.
     """
-    if w.axes.window:
-        raise StructureError(
-            f"a deformed kernel of shape {w.weight.shape} with window axes {w.axes.window} is a convolution, "
-            "not a linear map; apply it through sd.layered, or merge it."
-        )
-    matrix = w.axes.to_sided(w.weight, w.side)
+    matrix = w.axes.to_linear(w.weight, w.side)
     return (matrix, w.comp) if w.side == "output" else (w.comp, matrix)
 
 

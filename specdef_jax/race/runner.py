@@ -149,13 +149,12 @@ def _iterate(runs: Runs, factory: Factory, eval_every: int, alone: bool, best: A
         params, state, value = step(optimizer, loss, params, state, args)
         return (params, state, spent + work(state).astype(spent.dtype)), value
 
-    carry = (lane.problem.params, lane.state, lane.spent)
+    carry, taken = (lane.problem.params, lane.state, lane.spent), 0
     if runs.eval_args is None:  # the loss of the step itself, which is taken to know it
-        carry, value = train(0, carry)
+        (carry, value), taken = train(0, carry), 1
     else:
         value = loss(lane.problem.params, *runs.eval_args)
     evaluated = _evaluate(runs, eval_every, best, lane, value.astype(lane.metric.dtype))
-    taken = 1 if runs.eval_args is None else 0
     if eval_every > taken:
         until = jnp.where(evaluated.finished, taken, eval_every) if alone else eval_every
         carry = jax.lax.fori_loop(taken, until, lambda i, c: train(i, c)[0], carry)
