@@ -349,19 +349,22 @@ def model_speed() -> str:
         f"Models beside their PyTorch implementations ({', '.join(f'{n} {v}' for n, v in peers.items())}; "
         f"float32, {machine(record)}, threads: {record['config']['threads']}): milliseconds of "
         "ours, and how many times faster, above 1, or slower; and ours deformed, every value projection a "
-        "pair, over plain.",
+        "pair, over plain. XLA asks for its scratch memory anew at each call, which costs a training step a "
+        "fault per page: with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, set for both, pages are of 2 MiB "
+        "instead of 4 KiB.",
         "",
-        "| model, parameters | forward | training step | deformed / plain |",
-        "|---|---|---|---|",
+        "| model, parameters | pages | forward | training step | deformed / plain |",
+        "|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(row["model"] for row in rows):
-        forward, step = (row for row in rows if row["model"] == name)
+    for name, huge in sorted({(row["model"], row["huge_pages"]) for row in rows}):
+        forward, step = (row for row in rows if (row["model"], row["huge_pages"]) == (name, huge))
+        pages = "2 MiB" if huge else "4 KiB"
         cells = [
             f"{1000 * r['seconds']:.0f}, {r['ratio']:.2f} [{r['ratio_low']:.2f}, {r['ratio_high']:.2f}]"
             for r in (forward, step)
         ]
         cost = f"{forward['deformed_over_plain']:.2f}, {step['deformed_over_plain']:.2f}"
-        lines.append(f"| {name}, {forward['parameters']:,} | {' | '.join(cells)} | {cost} |")
+        lines.append(f"| {name}, {forward['parameters']:,} | {pages} | {' | '.join(cells)} | {cost} |")
     return "\n".join([*lines, ""])
 
 

@@ -1,4 +1,4 @@
-"""Causal attention with grouped queries, sinks, a sliding window and a cache; and RMSNorm.
+"""Attention with grouped queries, masks, sinks and a cache; and RMSNorm.
 
 Softmax and norms are computed in float32, or wider if the activations are, whatever the dtype of the network.
 """
@@ -44,27 +44,43 @@ def attend(
     q: Float[Array, "batch time heads d"],
     k: Float[Array, "batch length groups d"],
     v: Float[Array, "batch length groups d"],
-    mask: Bool[Array, "time length"],
-    sinks: Float[Array, " heads"] | None,
+    mask: Bool[Array, "time length"] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch time features"]:
     """Mix values by softmax(q k^T / sqrt(d)); head i reads group i // (heads / groups).
 
-    A sink is one more logit per head, which takes part in the normalisation and has no value.
+    Args:
+      q: queries.
+      k: keys.
+      v: values, their mixture has the dtype of these.
+      mask: which keys a query sees; None for all.
+      sinks: one more logit per head, which takes part in the normalisation and has no value.
     """
     batch, time, heads, d = q.shape
     groups = k.shape[2]
+    shared = heads // groups
+    # jax.nn.dot_product_attention has its softmax in float32 always, which is too coarse for float64.
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    grouped = q.reshape(batch, time, groups, heads // groups, d)
-    scores = jnp.einsum("btgrd,bsgd->bgrts", grouped, k, preferred_element_type=wide) * d**-0.5
-    scores = jnp.where(mask, scores, -jnp.inf)
+    # The queries of all heads that share keys are rows of one product.
+    q = jnp.moveaxis(q.reshape(batch, time, groups, shared, d), 1, 3) * d**-0.5
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    rows = q.reshape(batch, groups, shared * time, d)
+    scores = jnp.einsum("bgtd,bgsd->bgts", rows, k, preferred_element_type=wide)
+    if mask is not None:
+        scores = jnp.where(jnp.tile(mask, (shared, 1)), scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
-    # Without a sink there is one that takes no part.
-    resting = -jnp.inf if sinks is None else sinks.astype(wide).reshape(groups, heads // groups, 1, 1)
-    top = jax.lax.stop_gradient(jnp.maximum(top, resting))
+    resting = None
+    if sinks is not None:
+        resting = jnp.repeat(sinks.astype(wide).reshape(groups, shared), time, axis=1)[..., None]
+    top = jax.lax.stop_gradient(top if resting is None else jnp.maximum(top, resting))
     weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(resting - top)
-    mixed = jnp.einsum("bgrts,bsgd->btgrd", (weights / total).astype(v.dtype), v)
-    return mixed.reshape(batch, time, heads * d)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if resting is not None:
+        total = total + jnp.exp(resting - top)
+    # Divided once mixed: a pass over (time, d) instead of one over (time, length), here and in derivatives.
+    mixed = jnp.einsum("bgts,bgsd->bgtd", weights.astype(v.dtype), v) / total
+    mixed = mixed.astype(v.dtype).reshape(batch, groups, shared, time, d)
+    return jnp.moveaxis(mixed, 3, 1).reshape(batch, time, heads * d)
 
 
 def attend_fused(

@@ -53,12 +53,12 @@ def sorted_by_expert(
 ) -> Float[Array, "tokens n"]:
     """Sort tokens by expert into blocks that one expert reads each.
 
-    At most twice the products that were asked for, instead of experts / k times; the weights are copied once
-    for each block, of which there are at most two per expert. No token is dropped.
+    At most one and a half times the products that were asked for, instead of experts / k times; the weights
+    are copied once for each block, of which there are at most three per expert. No token is dropped.
     """
     count = stack["down_proj_bias"].shape[0]
     asked = chosen.size
-    rows = max(_ROWS, -(-asked // count))
+    rows = max(_ROWS, -(-asked // (2 * count)))
     blocks = asked // rows + count  # each expert fills up one block at most
     order = jnp.argsort(chosen.ravel(), stable=True)
     expert, token = chosen.ravel()[order], order // chosen.shape[1]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from specdef_jax.models.attention import attend
 from specdef_jax.models.linear import linear
 from specdef_jax.models.unet_config import Block
 from specdef_jax.models.unet_layers import NONE, Params, convolve, group_norm, part
@@ -57,12 +58,8 @@ def attention(
         out = linear(of, params[f"{name}.weight"])
         return out.reshape(*out.shape[:2], heads, -1)
 
-    q, k, v = split("to_q", h), split("to_k", context), split("to_v", context)
-    # jax.nn.dot_product_attention has its softmax in float32 always, which is too coarse for float64.
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
-    mixed = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores).astype(v.dtype), v)
-    return linear(mixed.reshape(*h.shape[:2], -1), params["to_out.0.weight"], params["to_out.0.bias"])
+    mixed = attend(split("to_q", h), split("to_k", context), split("to_v", context))
+    return linear(mixed, params["to_out.0.weight"], params["to_out.0.bias"])
 
 
 def geglu(params: Params, h: Float[Array, "batch n d"]) -> Float[Array, "batch n d"]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from specdef_jax.convolution import by_windows
 from specdef_jax.errors import SpecError
+from specdef_jax.models import attention
 
 if TYPE_CHECKING:
     Params = dict[str, dict[str, Array]]
@@ -152,20 +153,18 @@ def transformer(
         params["position_embed"] = {"b": jax.random.normal(position_key, (tokens, dim)) / math.sqrt(dim)}
         return params
 
-    def attend(params: Params, block: str, h: Array) -> Array:
+    def attended(params: Params, block: str, h: Array) -> Array:
         def split(name: str) -> Array:
             out = _linear(params[f"{block}_{name}"], h)
             return out.reshape(*out.shape[:-1], heads, dim // heads)
 
-        scores = jnp.einsum("bthd,bshd->bhts", split("q"), split("k")) / math.sqrt(dim // heads)
-        mixed = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), split("v"))
-        return _linear(params[f"{block}_o"], mixed.reshape(h.shape))
+        return _linear(params[f"{block}_o"], attention.attend(split("q"), split("k"), split("v")))
 
     def apply(params: Params, x: Array) -> Float[Array, "batch classes"]:
         h = _linear(params["patch"], x.reshape(-1, tokens, features)) + params["position_embed"]["b"]
         for i in range(blocks):
             block = f"block_{i}"
-            h = h + attend(params, block, _normalize(h))
+            h = h + attended(params, block, _normalize(h))
             h = h + _linear(
                 params[f"{block}_down"], jax.nn.gelu(_linear(params[f"{block}_up"], _normalize(h)))
             )
