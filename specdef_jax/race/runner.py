@@ -42,7 +42,11 @@ def start(runs: Runs, *, factory: Factory, lanes: int) -> Progress:
         ends=jax.tree.map(functools.partial(_room, total), _kept(runs, runs.problems.params)),
     )
     fresh = _over_lanes(functools.partial(_enter, runs, factory), lanes)(first)
-    return Progress(fresh, results, runs.best, jnp.asarray(lanes), jnp.asarray(0), jnp.zeros((), dtype))
+    next_run, done = (
+        jnp.asarray(lanes, int),
+        jnp.asarray(0, int),
+    )  # not weakly typed, as `advance` returns them
+    return Progress(fresh, results, runs.best, next_run, done, jnp.zeros((), dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("factory", "lanes", "eval_every"), donate_argnames=("progress",))

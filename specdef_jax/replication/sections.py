@@ -69,6 +69,8 @@ def utility(experiment: Experiment, config: Config) -> list[dict[str, Any]]:
     """Tell what deforming costs the retained domain, alpha by alpha and format by format."""
     params = experiment.networks[experiment.defended][0]
     told = []
+    with jax.enable_x64(True):
+        before = {name: _retained(experiment, params, name) for name in FORMATS}
     ways = [rows.Way(alpha, wide=True) for alpha in (*config.alphas, *config.wide_alphas)]
     for way in [*ways, rows.Way(config.exact_alpha, basis="axis", wide=True)]:
         with jax.enable_x64(True):
@@ -79,7 +81,7 @@ def utility(experiment: Experiment, config: Config) -> list[dict[str, Any]]:
                         "basis": way.basis,
                         "alpha": way.alpha,
                         "format": name,
-                        "before": _retained(experiment, params, name),
+                        "before": before[name],
                         "after": _retained(experiment, tree, name),
                     }
                 )

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from specdef_jax import race
 from specdef_jax.errors import ProblemError, SpecError, StructureError
 from specdef_jax.parametrization import Problem, problem
-from specdef_jax.race import Outcome
+from specdef_jax.race import Outcome, runner
 
 KEY = jax.random.key(11)
 GRID = (0.05, 0.3, 1.2)
@@ -345,3 +345,15 @@ def test_lanes_are_found_by_a_probe():
         step_sizes=np.linspace(5, 6, 20), target=0.85, key=KEY,
     )  # fmt: skip
     assert found.lanes in (1, 8)  # every lane sees two of the twenty runs
+
+
+def test_a_race_compiles_one_program():
+    """A weakly typed counter at the start would have every race compiled twice, once for each visit."""
+    x, y = data()
+    start = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
+    before = runner.advance._cache_size()
+    race.run(
+        mse, start, {"sgd": optax.sgd}, sample=Partial(whole, x, y), steps=100, step_sizes=[1e-4, 2e-4],
+        target=1e-9, lanes=1,
+    )  # fmt: skip
+    assert runner.advance._cache_size() == before + 1
