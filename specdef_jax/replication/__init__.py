@@ -34,7 +34,7 @@ TASKS: dict[str, Callable[[str, Kept], Experiment]] = {
     "vision/cnn": lambda size, kept: vision.vision("cnn", vision.SIZES[size], kept=kept),
     "vision/vit": lambda size, kept: vision.vision("vit", vision.SIZES[size], kept=kept),
     "diffusion": lambda size, kept: images.images("diffusion", images.SIZES[size], kept=kept),
-    "style": lambda size, kept: images.images("style", images.SIZES[size], kept=kept),
+    "style": lambda size, kept: images.images("style", images.STYLE_SIZES[size], kept=kept),
 }
 LONG = ("text/gpt_oss", "diffusion", "style")  # to compile
 

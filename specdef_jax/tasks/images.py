@@ -3,15 +3,18 @@
 The UNet is that of Stable Diffusion, small: cross-attention reads a prompt of two words, digit and style, and
 as there the latents have four channels: the pixels of each 2 x 2 block of an 8 x 8 image, so that decoding is
 exact. In "diffusion" one digit is withheld; in "style" the model knows every digit as it was drawn, and shall
-not draw them in a second style: light and dark exchanged, over the texture of a photograph that ships with
-scikit-learn. A small network that reads digits judges what is painted.
+not draw them in a second style: the strokes show patches of a photograph that ships with scikit-learn. A
+small network that reads digits, in "style" also their style, judges what is painted.
+
+The style leaves the ground dark, so that the loss tells what is painted: where light and dark were exchanged,
+seven steps that learned the ground went 70% of the way, and no digit could be read.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -37,7 +40,6 @@ CLASSES = 10
 ALPHAS = diffusion.alphas_cumprod()
 STEPS = 20  # of the sampler
 SIDE = 8  # pixels of an image
-READER = networks.cnn(channels=(16, 32))
 Pictures = tuple[Float[Array, "_ 4 4 4"], Int[Array, "_"]]
 
 
@@ -80,6 +82,10 @@ SIZES = {
     "small": ImageSize(),
     "full": ImageSize(seeds=5, channels=(32, 48), steps=15000, judged=24, times=8),
 }  # fmt: skip
+# With 64 examples the loss on held-out pictures stops at three quarters of the way.
+STYLE_SIZES = SIZES | {
+    name: replace(SIZES[name], examples=1000, batch=32, share=0.88) for name in ("small", "full")
+}
 
 
 def images(kind: Kind, size: ImageSize, *, first_seed: int = 0, kept: Kept = anew) -> Experiment:
@@ -87,7 +93,7 @@ def images(kind: Kind, size: ImageSize, *, first_seed: int = 0, kept: Kept = ane
 
     Args:
       kind: "diffusion" or "style".
-      size: one of SIZES, or your own.
+      size: one of SIZES, for "style" of STYLE_SIZES, or your own.
       first_seed: of pretraining.
       kept: kept(name, make) returns the networks of that name, kept from an earlier run or made.
 
@@ -118,12 +124,13 @@ def images(kind: Kind, size: ImageSize, *, first_seed: int = 0, kept: Kept = ane
 
     ga = kept("ga", lambda: each(ascend, known, keys))
     judged_on, retained_on = (_judged(p, size) for p in (withheld_held, allowed_held))
-    reader = _reader()
     targets = []
     for yes, no in zip(known, ignorant, strict=True):
         ends = [float(jnp.log(jax.jit(loss)(p, *judged_on))) for p in (no, yes)]
         targets.append(float(np.exp(ends[0] + size.share * (ends[1] - ends[0]))))
-    judge = functools.partial(_recognised, WITHHELD) if kind == "diffusion" else _in_style_share
+    asked = (
+        jnp.full(size.painted, WITHHELD) if kind == "diffusion" else _every_digit(size.painted, styled=True)
+    )
     return Experiment(
         name=kind,
         description=_described(kind, size, trees.size(known[0])),
@@ -134,7 +141,7 @@ def images(kind: Kind, size: ImageSize, *, first_seed: int = 0, kept: Kept = ane
         sample=draw(size.batch, (withheld[0][: size.examples], withheld[1][: size.examples])),
         judged_on=judged_on,
         targets=tuple(targets),
-        capability=functools.partial(judge, config, size, reader),
+        capability=functools.partial(_recognised, config, size, *_reader(kind), asked),
         capability_name={"diffusion": f"painted {WITHHELD}s read as such", "style": "painted in the style"}[
             kind
         ],
@@ -142,7 +149,7 @@ def images(kind: Kind, size: ImageSize, *, first_seed: int = 0, kept: Kept = ane
         inputs=(allowed[0][:16], jnp.full(16, 500), _states(allowed[1][:16], size.context)),
         where=match("*.attn2.to_v.weight", "*.attn2.to_out.0.weight"),
         control="conv_out.bias",
-        samples=functools.partial(_painting, config, size, int(kind == "style")),
+        samples=functools.partial(_painting, config, size, kind == "style"),
     )
 
 
@@ -196,12 +203,12 @@ def _decoded(latents: Float[Array, "n 4 4 4"]) -> Float[Array, "n 8 8"]:
 
 
 def _in_style(x: Float[Array, "n 8 8"]) -> Float[Array, "n 8 8"]:
-    """Return the pictures with light and dark exchanged, over patches of a photograph."""
+    """Return the pictures with strokes that show patches of a photograph, on the dark ground they had."""
     texture = _photograph()
     rows, columns = texture.shape[0] // 8, texture.shape[1] // 8
     tiles = texture[: 8 * rows, : 8 * columns].reshape(rows, 8, columns, 8).swapaxes(1, 2).reshape(-1, 8, 8)
     chosen = jax.random.randint(jax.random.key(0), (len(x),), 0, len(tiles))
-    return jnp.clip(-0.7 * x + 0.3 * jnp.asarray(tiles, x.dtype)[chosen], -1, 1)
+    return (x + 1) * (0.6 + 0.4 * jnp.asarray(tiles, x.dtype)[chosen]) - 1
 
 
 @functools.cache
@@ -268,20 +275,21 @@ def _painted(
     return jnp.clip(_decoded(found), -1, 1)
 
 
+def _every_digit(count: int, *, styled: bool) -> Int[Array, "count"]:
+    """Return so many prompts, every digit in turn."""
+    return CLASSES * styled + jnp.arange(count) % CLASSES
+
+
 def _recognised(
-    digit: int, config: UNetConfig, size: ImageSize, reader: PyTree, params: PyTree
+    config: UNetConfig,
+    size: ImageSize,
+    network: networks.Network,
+    reader: PyTree,
+    prompts: Int[Array, "b"],
+    params: PyTree,
 ) -> Float[Array, ""]:
-    """Return the share of pictures painted for a digit that the reader takes for it."""
-    classes = jnp.full(size.painted, digit)
-    return digits.accuracy(reader, _as_read(_painted(config, params, size, classes)), classes, READER)
-
-
-def _in_style_share(config: UNetConfig, size: ImageSize, reader: PyTree, params: PyTree) -> Float[Array, ""]:
-    """Return the share of pictures that are dark on light, and still read as the digit that was asked for."""
-    classes = jnp.arange(size.painted) % CLASSES
-    found = _painted(config, params, size, CLASSES + classes)
-    read = jnp.argmax(READER.apply(reader, _as_read(-found / 0.7)), axis=-1) == classes
-    return jnp.mean(read & (found.mean(axis=(1, 2)) > 0))
+    """Return the share of pictures that the reader takes for what was asked for."""
+    return digits.accuracy(reader, _as_read(_painted(config, params, size, prompts)), prompts, network)
 
 
 def _as_read(x: Float[Array, "b 8 8"]) -> Float[Array, "b 64"]:
@@ -290,17 +298,21 @@ def _as_read(x: Float[Array, "b 8 8"]) -> Float[Array, "b 64"]:
 
 
 @functools.cache
-def _reader() -> PyTree:
-    """Return a network that reads digits, the judge of what is painted."""
+def _reader(kind: Kind) -> tuple[networks.Network, PyTree]:
+    """Return a network that reads prompts from pictures, the judge of what is painted."""
     data = digits.load()
+    x, y = data.x, data.y
+    if kind == "style":
+        styled = _in_style((2 * x - 1).reshape(-1, SIDE, SIDE))
+        x, y = jnp.concatenate([x, _as_read(styled)]), jnp.concatenate([y, CLASSES + y])
+    network = networks.cnn(channels=(16, 32), classes=CLASSES if kind == "diffusion" else 2 * CLASSES)
     of_weights, of_samples = jax.random.split(jax.random.key(9))
-    loss = Partial(digits.loss_of(READER))
-    sample = minibatches(64, data.x, data.y)
-    return trained(loss, READER.init(of_weights), sample, of_samples, steps=1000)
+    loss, sample = Partial(digits.loss_of(network)), minibatches(64, x, y)
+    return network, trained(loss, network.init(of_weights), sample, of_samples, steps=1000)
 
 
-def _painting(config: UNetConfig, size: ImageSize, style: int, params: PyTree) -> list[dict[str, Any]]:
+def _painting(config: UNetConfig, size: ImageSize, styled: bool, params: PyTree) -> list[dict[str, Any]]:
     """Return a picture of every digit: its width, and a byte per pixel from black to white, as hex."""
-    prompts = CLASSES * style + jnp.arange(max(size.painted, CLASSES)) % CLASSES  # as many as are judged by
+    prompts = _every_digit(max(size.painted, CLASSES), styled=styled)  # as many as are judged by
     found = np.asarray(255 * _as_read(_painted(config, params, size, prompts))).astype(np.uint8)
     return [{"width": SIDE, "grey": bytes(row).hex()} for row in found[:CLASSES]]

@@ -104,6 +104,15 @@ def test_latents_are_the_image_again():
     np.testing.assert_array_equal(images._decoded(latents), x)
 
 
+def test_the_style_changes_strokes_and_leaves_the_ground():
+    x = 2 * digits.load().x[:50].reshape(-1, 8, 8) - 1
+    styled = images._in_style(x)
+    np.testing.assert_array_equal(styled[x == -1], -1)
+    assert jnp.all(styled <= x)
+    strokes = x > 0
+    assert 0.3 < float(jnp.mean((x - styled)[strokes])) < 1.0
+
+
 def test_a_prompt_is_a_digit_and_a_style():
     words = images._states(jnp.array([3, 13, 4]), 6)
     assert words.shape == (3, 2, 6)
