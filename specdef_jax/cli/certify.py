@@ -33,7 +33,7 @@ def certify(
     and your fine-tuning of it, in float64, so of a size that this machine can train; what deforming changes
     in the format it is stored in (divergence of the outputs, perplexity), and every attack with its bill,
     come with it. With --task one of the paper's experiments in miniature: text/llama, text/gpt_oss,
-    vision/cnn, vision/vit; defences by step sizes, utility, optimizers, LoRA, every attack.
+    diffusion, style, vision/cnn, vision/vit; defences by step sizes, utility, optimizers, LoRA, every attack.
 
     Args:
       out: directory for results.json and report.html; a rerun resumes from what is finished there.
