@@ -14,6 +14,7 @@ from benchmarks._replications import headline_rows, kept, label, learnable, taug
 from specdef_jax.race import Ratio, ratio_of_means
 from specdef_jax.replication import tables
 from specdef_jax.replication.reading import Results, best, capability, median, steps
+from specdef_jax.replication.rows import CONTROL, NAMES, SPECDEF, Way
 
 LORA = "undefended, composite", "SpecDef, composite", "SpecDef, factors"
 SLOWED = 1.1  # times the steps: less is no defence
@@ -142,7 +143,8 @@ def _learnable(results: Results) -> tuple[str, str]:
 
 
 def _unlearning(results: Results) -> tuple[str, str]:
-    rows = {n: results["matrix"][n] for n in ("gradient ascent", "NPO", "RMU") if n in results["matrix"]}
+    unlearned = [label for variant, label in NAMES.items() if variant != "ignorant"]
+    rows = {n: results["matrix"][n] for n in unlearned if n in results["matrix"]}
     taken = {n: steps(best(row)) for n, row in rows.items() if not row["refused"]}
     told = ", ".join(f"{n} {_steps(s, results)}" for n, s in taken.items())
     reached = [s for s in taken.values() if not math.isnan(s)]
@@ -150,16 +152,17 @@ def _unlearning(results: Results) -> tuple[str, str]:
 
 
 def _blocked(results: Results) -> tuple[str, str]:
-    rows = {n: r for n, r in results["matrix"].items() if n.startswith("SpecDef")}
-    strong = {n: steps(best(r)) for n, r in rows.items() if not n.startswith("SpecDef 100,")}
-    told = ", ".join(f"{n[8:]} {_steps(s, results)}" for n, s in strong.items())
+    weakest = f"{SPECDEF} {min(results['config']['alphas']):g},"
+    strong = {n: steps(best(r)) for n, r in _deformed(results).items() if not n.startswith(weakest)}
+    told = ", ".join(f"{n.removeprefix(SPECDEF)[1:]} {_steps(s, results)}" for n, s in strong.items())
     held = [n for n, s in strong.items() if math.isnan(s)]
     verdict = AGREES if len(held) == len(strong) else DISAGREES if not held else UNCLEAR
     return verdict, f"fewest steps at any step size: {told}"
 
 
 def _beats_the_control(results: Results) -> tuple[str, str]:
-    rows = {n: steps(best(results["matrix"][n])) for n in ("one entry rescaled", "SpecDef 100, top")}
+    weakest = f"{SPECDEF} {Way(min(results['config']['alphas'])).name}"  # whose sharpness the control has
+    rows = {n: steps(best(results["matrix"][n])) for n in (CONTROL, weakest)}
     told = ", ".join(f"{n} {_steps(s, results)}" for n, s in rows.items())
     control, ours = rows.values()
     if math.isnan(control) and math.isnan(ours):
@@ -252,9 +255,12 @@ def _seeds(results: Results) -> tuple[str, str]:
     return (AGREES if split else DISAGREES), told
 
 
+def _deformed(results: Results) -> dict[str, dict[str, Any]]:
+    return {n: row for n, row in results["matrix"].items() if n.startswith(SPECDEF)}
+
+
 def _deformed_cells(results: Results) -> list[tuple[str, int, dict[str, Any]]]:
-    rows = {n: row for n, row in results["matrix"].items() if n.startswith("SpecDef")}
-    return [(n, i, cell) for n, row in rows.items() for i, cell in enumerate(row["cells"])]
+    return [(n, i, cell) for n, row in _deformed(results).items() for i, cell in enumerate(row["cells"])]
 
 
 CLAIMS = (

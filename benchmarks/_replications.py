@@ -41,7 +41,7 @@ def undefended(results: Results) -> dict[str, Any]:
 def taught(results: Results) -> tuple[float, float, float]:
     """Return the capability of who never learned it, after the undefended attack, and of who learned it."""
     known, ignorant = (capability(results, variant) for variant in ("known", "ignorant"))
-    cells = results["matrix"]["never learned"]["cells"]
+    cells = results["matrix"][NAMES["ignorant"]]["cells"]
     return ignorant, max((median(cell, "capability") for cell in cells), default=math.nan), known
 
 
