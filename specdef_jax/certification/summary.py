@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specdef_jax.race import Ratio
+from specdef_jax.report import facts
 
 
 def summary_rows(results: dict[str, Any]) -> list[dict[str, str]]:
@@ -13,10 +14,9 @@ def summary_rows(results: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _preserved(results: dict[str, Any]) -> dict[str, str]:
-    strongest = results["curvature"]["rows"][-1]["alpha"]
-    errors = {f["format"]: f["error"] for f in results["preservation"]["formats"] if f["alpha"] == strongest}
-    told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    return _row(f"function preserved at alpha {strongest:g}?", told, results["preservation"])
+    formats = facts.formats_at(results, facts.strongest(results))
+    told = ", ".join(f"{row['format']} {row['error']:.1e}" for row in formats)
+    return _row(f"function preserved at alpha {formats[0]['alpha']:g}?", told, results["preservation"])
 
 
 def _curved(results: dict[str, Any]) -> list[dict[str, str]]:

@@ -34,6 +34,13 @@ def test_every_certificate_of_the_smoke_size_holds(smoke):
     assert made.results["curvature"]["word"] == "checked"
 
 
+def test_every_question_has_an_answer(smoke):
+    """Also where preservation was not measured at the largest alpha raced, but at a larger one."""
+    config = smoke[0].results["config"]
+    assert config["alphas"][-1] not in config["error_alphas"]
+    assert all(row["answer"] for row in smoke[0].summary_rows())
+
+
 def test_curvature_is_bracketed_and_congruent(smoke):
     rows = smoke[0].results["curvature"]["rows"]
     for row in rows:
