@@ -10,8 +10,6 @@ from specdef_jax.errors import SpecError
 from specdef_jax.spec import Directions
 
 LEAN: dict[str, Any] = {
-    "wide_alphas": (1e6,),
-    "directions": ("top",),
     "optimizers": ("adam", "muon", "kfac"),
     "ranks": (4,),
     "attacks": ("fuse", "freeze", "inject", "blind", "precondition", "lora"),
