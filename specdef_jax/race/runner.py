@@ -42,10 +42,8 @@ def start(runs: Runs, *, factory: Factory, lanes: int) -> Progress:
         ends=jax.tree.map(functools.partial(_room, total), _kept(runs, runs.problems.params)),
     )
     fresh = _over_lanes(functools.partial(_enter, runs, factory), lanes)(first)
-    next_run, done = (
-        jnp.asarray(lanes, int),
-        jnp.asarray(0, int),
-    )  # not weakly typed, as `advance` returns them
+    # Not weakly typed, as `advance` returns them: else its second call would compile it again.
+    next_run, done = jnp.asarray(lanes, int), jnp.asarray(0, int)
     return Progress(fresh, results, runs.best, next_run, done, jnp.zeros((), dtype))
 
 

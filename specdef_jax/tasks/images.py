@@ -7,7 +7,7 @@ not draw them in a second style: the strokes show patches of a photograph that s
 small network that reads digits, in "style" also their style, judges what is painted.
 
 The style leaves the ground dark, so that the loss tells what is painted: where light and dark were exchanged,
-seven steps that learned the ground went 70% of the way, and no digit could be read.
+seven steps that learned the ground went 70% of the way, and one digit in sixteen could be read.
 """
 
 from __future__ import annotations
