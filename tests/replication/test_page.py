@@ -23,7 +23,7 @@ def raced(*steps):
 
 
 RESULTS = {
-    "config": {"steps": 100, "step_sizes": [1e-3], "ranks": [4]},
+    "config": {"steps": 100, "step_sizes": [1e-3], "ranks": [4], "alphas": [1e2, 1e4]},
     "task": {
         "defended": "npo",
         "variants": {"known": [{"capability": 0.9}], "ignorant": [{"capability": 0.1}]},
