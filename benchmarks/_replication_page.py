@@ -154,7 +154,7 @@ def _unlearning(results: Results) -> tuple[str, str]:
 def _blocked(results: Results) -> tuple[str, str]:
     weakest = f"{SPECDEF} {min(results['config']['alphas']):g},"
     strong = {n: steps(best(r)) for n, r in _deformed(results).items() if not n.startswith(weakest)}
-    told = ", ".join(f"{n.removeprefix(SPECDEF)[1:]} {_steps(s, results)}" for n, s in strong.items())
+    told = ", ".join(f"{n.removeprefix(f'{SPECDEF} ')} {_steps(s, results)}" for n, s in strong.items())
     held = [n for n, s in strong.items() if math.isnan(s)]
     verdict = AGREES if len(held) == len(strong) else DISAGREES if not held else UNCLEAR
     return verdict, f"fewest steps at any step size: {told}"

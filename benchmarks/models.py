@@ -71,7 +71,7 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     peers = {lib.__name__: lib.__version__ for lib in (torch, transformers, diffusers)}
     for name in options.only or LAYERS:
-        rows = [row for row in rows if (row["model"], row.get("huge_pages")) != (name, HUGE_PAGES)]
+        rows = [row for row in rows if (row["model"], row.get("huge_pages", False)) != (name, HUGE_PAGES)]
         for row in measure(name, config):
             rows.append(row)
             print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))

@@ -69,14 +69,12 @@ def attend(
     if mask is not None:
         scores = jnp.where(jnp.tile(mask, (shared, 1)), scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
-    resting = None
+    resting: float | Array = -jnp.inf  # without a sink there is one that takes no part
     if sinks is not None:
         resting = jnp.repeat(sinks.astype(wide).reshape(groups, shared), time, axis=1)[..., None]
-    top = jax.lax.stop_gradient(top if resting is None else jnp.maximum(top, resting))
+    top = jax.lax.stop_gradient(jnp.maximum(top, resting))
     weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if resting is not None:
-        total = total + jnp.exp(resting - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(resting - top)
     # Divided once mixed: a pass over (time, d) instead of one over (time, length), here and in derivatives.
     mixed = jnp.einsum("bgts,bgsd->bgtd", weights.astype(v.dtype), v) / total
     mixed = mixed.astype(v.dtype).reshape(batch, groups, shared, time, d)

@@ -69,11 +69,10 @@ def utility(experiment: Experiment, config: Config) -> list[dict[str, Any]]:
     """Tell what deforming costs the retained domain, alpha by alpha and format by format."""
     params = experiment.networks[experiment.defended][0]
     told = []
+    ways = [rows.Way(alpha, wide=True) for alpha in (*config.alphas, *config.wide_alphas)]
     with jax.enable_x64(True):
         before = {name: _retained(experiment, params, name) for name in FORMATS}
-    ways = [rows.Way(alpha, wide=True) for alpha in (*config.alphas, *config.wide_alphas)]
-    for way in [*ways, rows.Way(config.exact_alpha, basis="axis", wide=True)]:
-        with jax.enable_x64(True):
+        for way in [*ways, rows.Way(config.exact_alpha, basis="axis", wide=True)]:
             tree = rows.released(experiment, config, way, 0)
             for name in FORMATS:
                 told.append(

@@ -126,7 +126,7 @@ def images(kind: Kind, size: ImageSize, *, first_seed: int = 0, kept: Kept = ane
     judged_on, retained_on = (_judged(p, size) for p in (withheld_held, allowed_held))
     targets = []
     for yes, no in zip(known, ignorant, strict=True):
-        ends = [float(jnp.log(jax.jit(loss)(p, *judged_on))) for p in (no, yes)]
+        ends = [float(_log_loss(loss, judged_on, p)) for p in (no, yes)]
         targets.append(float(np.exp(ends[0] + size.share * (ends[1] - ends[0]))))
     asked = (
         jnp.full(size.painted, WITHHELD) if kind == "diffusion" else _every_digit(size.painted, styled=True)
