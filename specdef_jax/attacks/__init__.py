@@ -13,7 +13,7 @@ from specdef_jax.attacks.freeze import freeze
 from specdef_jax.attacks.fuse import fuse
 from specdef_jax.attacks.identity import identity
 from specdef_jax.attacks.inject import inject
-from specdef_jax.attacks.lora import lora
+from specdef_jax.attacks.lora import adapted, lora
 from specdef_jax.attacks.precondition import precondition
 from specdef_jax.attacks.rebalance import rebalance
 from specdef_jax.attacks.released import moved
@@ -49,6 +49,7 @@ __all__ = [
     "Knowledge",
     "Roc",
     "Scores",
+    "adapted",
     "blind",
     "compensation_of",
     "detect",

@@ -43,6 +43,38 @@ def lora(
       loss: loss(params, *args) of the plain network.
       deformed: the released tree, deformed or not.
       args: data of one step, for the bill.
+      rank: as in `adapted`, like what follows.
+      scale: as there.
+      targets: as there.
+      on: as there.
+      key: as there.
+
+    Raises:
+      SelectionError: a glob matches no matrix.
+      SpecError: rank < 1, or the scale is not positive.
+    """
+    convert = functools.partial(
+        adapted, loss, deformed, rank=rank, scale=scale, targets=targets, on=on, key=key
+    )
+    rung = Knowledge.WHICH_LAYERS if on == "composite" else Knowledge.WEIGHTS
+    return carry_out(f"lora on the {on}, rank {rank}", convert, loss, deformed, *args, knowledge=rung)
+
+
+def adapted(
+    loss: Callable[..., Array],
+    deformed: PyTree,
+    *,
+    rank: int = 4,
+    scale: float = 8.0,
+    targets: Sequence[str] = (),
+    on: Place = "composite",
+    key: PRNGKeyArray | None = None,
+) -> Problem:
+    """Return the problem that `lora` trains, without the bill, for which a step would be compiled.
+
+    Args:
+      loss: loss(params, *args) of the plain network.
+      deformed: the released tree, deformed or not.
       rank: of each adapter.
       scale: the adapters' product is multiplied by scale / rank.
       targets: globs of the matrices to adapt, in the grammar of sd.select.match; none takes every matrix.
@@ -56,22 +88,8 @@ def lora(
     """
     if rank < 1 or not scale > 0:
         raise SpecError(f"rank = {rank}, scale = {scale}: both must be positive.")
-    key = jax.random.key(0) if key is None else key
-    convert = functools.partial(_problem, loss, deformed, tuple(targets), rank, Read(scale / rank, on), key)
-    rung = Knowledge.WHICH_LAYERS if on == "composite" else Knowledge.WEIGHTS
-    return carry_out(f"lora on the {on}, rank {rank}", convert, loss, deformed, *args, knowledge=rung)
-
-
-def _problem(
-    loss: Callable[..., Array],
-    deformed: PyTree,
-    targets: tuple[str, ...],
-    rank: int,
-    read: Read,
-    key: PRNGKeyArray,
-) -> Problem:
-    chosen = _chosen(deformed, targets)
-    keys = jax.random.split(key, len(chosen))
+    read, chosen = Read(scale / rank, on), _chosen(deformed, tuple(targets))
+    keys = jax.random.split(jax.random.key(0) if key is None else key, len(chosen))
     adapters = {n: start(leaf, rank, read.on, k) for (n, leaf), k in zip(chosen.items(), keys, strict=True)}
     return through(loss, adapters, Partial(read, deformed))
 

@@ -11,7 +11,8 @@ Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602, with what a number that 
 One cycle extends the basis from `kept` to m vectors, rotates it to the Ritz vectors and keeps the best. When
 the estimates converge, the true residuals are measured and either the run ends or the next cycle starts from
 a seed other than the recurrence's own: the residuals themselves if they miss tol, a random vector if they
-meet it. All of it is one compiled while_loop. On one device vectors are raveled, which compiles several times
+meet it. All of it is one compiled while_loop, in which the product stands once: a Hessian's takes long to
+compile. On one device vectors are raveled, which compiles several times
 faster than a tree of many leaves; on several they keep the tree and its sharding. Memory: a basis of m + 1
 vectors, the k returned, and a few more; on several devices a temporary of half the basis while it is rotated.
 A step costs one product and four passes over the basis. Converged pairs stay in the basis, locked there
@@ -90,25 +91,22 @@ def _solve(
     setting: Setting, op: Operator, key: PRNGKeyArray, tol: Any, max_matvecs: Any, progress: Any
 ) -> Eigen:
     dtype = jnp.promote_types(op.dtype, jnp.float32)
-    k, m, kept = setting.k, setting.m, setting.kept
+    k, m = setting.k, setting.m
     product = bs.in_dtype(op.mv, dtype)
     tol = jnp.asarray(tol, dtype)
 
     def body(carry: tuple[State, PyTree]) -> tuple[State, PyTree]:
-        state, basis = tr.rotate(setting, *tr.extend(setting, product, key, *carry))
-        tell(progress, state)
+        empty = carry[0].matvecs == 0  # there is nothing to rotate yet, and rotating zeros changes nothing
+        turned, basis = tr.rotate(setting, *carry)
+        state = jax.tree.map(partial(jnp.where, empty), carry[0], turned)
+        jax.lax.cond(empty, lambda: None, lambda: tell(progress, state))
         view = look(setting, state, tol, max_matvecs)
-
-        def judge(state: State) -> tuple[State, PyTree]:
-            state, defect = tr.measure(setting, product, state, basis, tol)
-            return decide(setting, state, tol, view, max_matvecs), defect
-
-        def carry_on(state: State) -> tuple[State, PyTree]:
-            return state, bs.row(basis, kept)
-
-        # only one vector leaves the branches: a basis would be copied
-        state, seed = jax.lax.cond(view.judge, judge, carry_on, state)
-        return state, bs.set_row(basis, state.kept, seed)
+        judged = tr.Judged(
+            due=view.judge & ~empty,
+            tol=tol,
+            decide=lambda state: decide(setting, state, tol, view, max_matvecs),
+        )
+        return tr.multiply(setting, product, key, state, basis, judged)
 
     begin = start(setting, dtype), bs.zeros(m + 1, op.template, dtype)
     state, basis = jax.lax.while_loop(lambda carry: ~carry[0].done, body, begin)

@@ -4,6 +4,7 @@ from specdef_jax.race.control import match_sharpness, scalar_control
 from specdef_jax.race.driver import run, run_problems
 from specdef_jax.race.grid import log_grid
 from specdef_jax.race.optimizers import DEFAULT, FIRST_ORDER, SECOND_ORDER, adam, momentum, sgd
+from specdef_jax.race.raveled import raveled
 from specdef_jax.race.replay import replay
 from specdef_jax.race.result import RaceResult
 from specdef_jax.race.runs import Outcome
@@ -37,6 +38,7 @@ __all__ = [
     "minibatches",
     "momentum",
     "ratio_of_means",
+    "raveled",
     "recovery",
     "replay",
     "run",

@@ -158,7 +158,7 @@ def run_problems(
         inputs.check_ends(stacked)
     eval_args = None if eval_args is None else tuple(eval_args)
     targets = inputs.targets(target, milestones, len(problems))
-    inputs.check_start(stacked, as_partial(key) if eval_args is None else eval_args, targets[:, -1])
+    inputs.check_start(problems, as_partial(key) if eval_args is None else eval_args, targets[:, -1])
     grids = inputs.grids(step_sizes, optimizers)
     rounds = Rounds(
         problems=stacked,

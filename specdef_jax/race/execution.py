@@ -133,11 +133,12 @@ def _share(runs: Runs, share: np.ndarray, width: int) -> Runs:
     """Take some of the runs, padded to a common width so that all shares compile once."""
     padded = np.resize(share, width)
     columns = {name: getattr(runs, name) for name in ("problem", "seed", "keys", "step_sizes", "targets")}
-    return replace(runs, **_rows(columns, padded), count=jnp.asarray(len(share)))
+    return replace(runs, **rows(columns, padded), count=jnp.asarray(len(share)))
 
 
 @jax.jit
-def _rows(columns: Any, index: Any) -> Any:
+def rows(columns: Any, index: Any) -> Any:
+    """Return these rows of every leaf."""
     return jax.tree.map(lambda x: x[index], columns)
 
 

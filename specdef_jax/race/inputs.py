@@ -83,17 +83,16 @@ def check_orders(sample: Partial, key: PRNGKeyArray, orders: int) -> None:
         )
 
 
-@jax.jit
-def start_losses(problems: Problem, args: tuple[Any, ...]) -> Float[Array, "problems"]:
-    """Return the loss at the start of each of the stacked problems."""
-    return jax.lax.map(lambda p: p.loss(p.params, *args), problems)
+@jax.jit  # one problem at a time, so that races of more or fewer share a program
+def start_loss(problem: Problem, args: tuple[Any, ...]) -> Float[Array, ""]:
+    """Return the loss at the start of a problem."""
+    return problem.loss(problem.params, *args)
 
 
-def check_start(problems: Problem, args: Sequence[Any], targets: np.ndarray) -> None:
+def check_start(problems: Sequence[Problem], args: Sequence[Any], targets: np.ndarray) -> None:
     """Raise ProblemError for a start that is not finite or meets its target already."""
-    for i, (loss, target) in enumerate(
-        zip(np.asarray(start_losses(problems, tuple(args))), targets, strict=True)
-    ):
+    losses = [start_loss(one, tuple(args)) for one in problems]
+    for i, (loss, target) in enumerate(zip(map(float, losses), targets, strict=True)):
         if not np.isfinite(loss):
             raise ProblemError(f"problem {i} starts at loss {loss}; repair its parameters or data.")
         if not np.isfinite(target):

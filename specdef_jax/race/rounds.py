@@ -19,6 +19,7 @@ from specdef_jax.race import execution
 from specdef_jax.race.result import RaceResult
 from specdef_jax.race.runs import Factory, Runs
 from specdef_jax.race.store import Store
+from specdef_jax.sharding import placed, sharding_of
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,21 @@ class Rounds:
         return replace(self, lanes=lanes)
 
     def runs(self, grid: np.ndarray, seeds: np.ndarray, best: np.ndarray) -> Runs:
-        """Lay out (step size, seed) as a flat list of runs, step sizes slowest."""
+        """Lay out (step size, seed) as a flat list of runs, step sizes slowest.
+
+        The list has problems and seeds of its own, as many as a chunk has room for, so that its program is that
+        of any race in such chunks.
+        """
         dtype = jnp.result_type(float)
-        step, seed = (x.ravel() for x in np.meshgrid(np.arange(grid.size), seeds, indexing="ij"))
-        index, order = np.divmod(seed, self.orders)
+        room = max(self.chunk, seeds.size)
+        step, seed = np.divmod(np.arange(grid.size * seeds.size), seeds.size)
+        index, order = np.divmod(seeds[seed], self.orders)
+        first, problems = self._problems(index.min(), room)
         return Runs(
-            problems=self.problems,
+            problems=problems,
             sample=self.sample,
             eval_args=self.eval_args,
-            problem=jnp.asarray(index, jnp.int32),
+            problem=jnp.asarray(index - first, jnp.int32),
             seed=jnp.asarray(seed, jnp.int32),
             keys=jax.random.split(self.key, self.orders)[order],
             step_sizes=jnp.asarray(grid[step], trees.result_dtype(self.problems.params)),
@@ -88,7 +95,7 @@ class Rounds:
             steps=jnp.asarray(self.steps, jnp.int32),
             evaluations=jnp.asarray(self.evaluations, dtype),
             record_at=jnp.asarray(self.record_at),
-            best=jnp.asarray(best, dtype),
+            best=jnp.asarray(np.resize(best[seeds], room), dtype),
             prune=jnp.asarray(self.prune),
             ends=self.ends,
         )
@@ -129,6 +136,15 @@ class Rounds:
             if report is not None:
                 report(before)
         return self._result(name, grid, chunks)
+
+    def _problems(self, first: int, room: int) -> tuple[int, Problem]:
+        """Return the stacked problems that `room` seeds may have, and which of all is their first."""
+        total, most = len(self.targets), (room + self.orders - 2) // self.orders + 1
+        if most >= total:
+            return 0, self.problems
+        chosen = jnp.minimum(jnp.arange(first, first + most), total - 1)  # the last again, to fill up
+        found = execution.rows(self.problems, chosen)
+        return first, jax.tree.map(lambda x, whole: placed(x, sharding_of(whole)), found, self.problems)
 
     def _result(self, name: str, grid: np.ndarray, chunks: list[execution.Finished]) -> RaceResult:
         def joined(*parts: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from specdef_jax import race
 from specdef_jax.errors import SpecDefError
 from specdef_jax.parametrization import Problem
 from specdef_jax.programs import free_when_many
-from specdef_jax.race import inputs
+from specdef_jax.race import execution, inputs
 from specdef_jax.race.result import RaceResult
 from specdef_jax.race.runs import Factory
 from specdef_jax.replication.config import Config
@@ -32,7 +32,10 @@ def raced(
     folder: Path | None,
     refine: float | None = None,
 ) -> RaceResult:
-    """Race the attacks on the same row of several networks, minibatches drawn alike in every row."""
+    """Race the attacks on the same row of several networks, minibatches drawn alike in every row.
+
+    As many networks at a time as there are cores, so that three and five of them are one program.
+    """
     free_when_many()
     return race.run_problems(
         problems,
@@ -48,7 +51,7 @@ def raced(
         prune=refine is not None,
         ends=True,  # not only where they are read, so that all races of one structure are one program
         lanes=1,
-        chunk=None if folder is None else len(problems),
+        chunk=min(len(problems), execution.cores()),
         folder=folder,
     )
 
@@ -94,7 +97,7 @@ def row(experiment: Experiment, config: Config, one: Row, folder: Path | None) -
     count = experiment.seeds if one.headline else min(config.seeds, experiment.seeds)
     start: list[dict[str, float]] = []
     try:
-        problems = [one.make(j) for j in range(count)]
+        problems = [race.raveled(one.make(j)) for j in range(count)]
         start = states(experiment, problems)
         result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder)
     except SpecDefError as error:
@@ -111,6 +114,8 @@ def fastest(
     folder: Path | None,
 ) -> dict[str, Any]:
     """Return the steps of each optimizer at its best step size, network by network."""
+    if all(factory is race.FIRST_ORDER["adam"] for factory in optimizers.values()):
+        problems = [race.raveled(one) for one in problems]
     try:
         result = raced(experiment, config, problems, optimizers, config.grid, folder, config.refine)
     except SpecDefError as error:
@@ -135,13 +140,13 @@ def states(experiment: Experiment, problems: Sequence[Problem]) -> list[dict[str
     Raises:
       StructureError: the problems differ in structure or shapes, and cannot be raced together.
     """
-    judged = inputs.start_losses(inputs.stack(problems), experiment.judged_on)  # compiled for the race too
+    inputs.stack(problems)
     plain = [one.read_back(one.params) for one in problems]
     return [
         {
-            "judged": float(loss),
+            "judged": float(inputs.start_loss(one, experiment.judged_on)),  # compiled for the race too
             "capability": float(experiment.capability(params)),
             "retained": float(experiment.retained(params)),
         }
-        for loss, params in zip(judged, plain, strict=True)
+        for one, params in zip(problems, plain, strict=True)
     ]

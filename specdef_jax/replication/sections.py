@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from specdef_jax import race, trees
-from specdef_jax.attacks import ATTACKS, lora
+from specdef_jax.attacks import ATTACKS, adapted
 from specdef_jax.certification.store import Keep, Progress
 from specdef_jax.errors import SpecDefError
 from specdef_jax.layered import layered
@@ -118,7 +118,7 @@ def adapters(
 
             def race_it(arm: str = arm, on: Any = on, rank: int = rank) -> dict[str, Any]:
                 made = [
-                    lora(experiment.loss, tree, *experiment.judged_on, rank=rank, on=on).problem
+                    adapted(experiment.loss, tree, rank=rank, on=on)
                     for tree in _trees(experiment, config, arm)
                 ]
                 return cells.fastest(experiment, config, made, {"adam": race.FIRST_ORDER["adam"]}, folder)

@@ -124,8 +124,9 @@ def test_factorization_identity():
         start(setting, jnp.float64),
         bs.zeros(13, jax.ShapeDtypeStruct((N,), jnp.float64), jnp.float64),
     )
+    not_now = thick_restart.Judged(jnp.array(False), jnp.array(0.0), lambda state: state)
     for _ in range(3):
-        state, basis = thick_restart.extend(setting, lambda v: matrix @ v, KEY, state, basis)
+        state, basis = thick_restart.multiply(setting, lambda v: matrix @ v, KEY, state, basis, not_now)
         v, t = np.asarray(basis), np.asarray(state.projection)
         np.testing.assert_allclose(v @ v.T, np.eye(13), atol=1e-14)
         residual = matrix @ v[:12].T - v[:12].T @ t - np.outer(v[12] * float(state.beta), np.eye(12)[11])

@@ -86,7 +86,7 @@ def test_a_transformer_experiment_has_layers_to_deform():
 @pytest.mark.slow  # compiles a UNet and its sampler
 @pytest.mark.parametrize("kind", ["diffusion", "style"])
 def test_an_image_experiment(kind):
-    size = images.SIZES["smoke"]
+    size = {"diffusion": images.SIZES, "style": images.STYLE_SIZES}[kind]["smoke"]
     made = images.images(kind, size)
     known = made.networks["known"][0]
     assert [x.shape for x in made.sample(jax.random.key(0))] == [(4, 4, 4, 4), (4, 4, 4, 4), (4,), (4, 2, 4)]
