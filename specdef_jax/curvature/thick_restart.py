@@ -85,9 +85,7 @@ def multiply(
     return state, basis
 
 
-def _stepped(
-    setting: Setting, state: State, basis: PyTree, j: Array, image: PyTree
-) -> tuple[State, PyTree]:
+def _stepped(setting: Setting, state: State, basis: PyTree, j: Array, image: PyTree) -> tuple[State, PyTree]:
     """Return the state after Lanczos step j, and the vector that follows."""
     m = setting.m
     norm = jnp.maximum(state.norm, bs.normalize(image)[1])

@@ -74,8 +74,8 @@ class Rounds:
     def runs(self, grid: np.ndarray, seeds: np.ndarray, best: np.ndarray) -> Runs:
         """Lay out (step size, seed) as a flat list of runs, step sizes slowest.
 
-        The list has problems and seeds of its own, as many as a chunk has room for, so that its program is that
-        of any race in such chunks.
+        Its problems and seeds are as many as a chunk has room for, so that its program is that of any race in
+        such chunks.
         """
         dtype = jnp.result_type(float)
         room = max(self.chunk, seeds.size)

@@ -28,7 +28,6 @@ from specdef_jax.errors import MissingExtra
 from specdef_jax.models import diffusion, unet, unet_params
 from specdef_jax.models.unet_config import UNetConfig
 from specdef_jax.race import minibatches
-from specdef_jax.race.sampling import Rows
 from specdef_jax.select import match
 from specdef_jax.tasks import digits, networks, unlearning
 from specdef_jax.tasks.experiment import Experiment
@@ -112,13 +111,13 @@ def images(kind: Kind, size: ImageSize, *, first_seed: int = 0, kept: Kept = ane
 
     draw = functools.partial(_sample, size.context)
 
-    def pretrain(pictures: Pictures, key: PRNGKeyArray) -> PyTree:
+    def pretrain(among: int, key: PRNGKeyArray) -> PyTree:
         of_weights, of_samples = jax.random.split(key)
         params = unet_params.init(config, of_weights)
-        return trained(Partial(loss), params, draw(32, pictures), of_samples, steps=size.steps)
+        return trained(Partial(loss), params, draw(32, both, among), of_samples, steps=size.steps)
 
-    known = kept("known", lambda: each(functools.partial(pretrain, both), keys))
-    ignorant = kept("ignorant", lambda: each(functools.partial(pretrain, allowed), keys))
+    known = kept("known", lambda: each(functools.partial(pretrain, len(both[0])), keys))
+    ignorant = kept("ignorant", lambda: each(functools.partial(pretrain, len(allowed[0])), keys))
     schedule = unlearning.Schedule(size.unlearning, 5e-4)
     bad, good = draw(16, withheld), draw(16, allowed)
 
@@ -239,18 +238,17 @@ def _loss_of(config: UNetConfig) -> Callable[..., Array]:
     return unet.loss(config)
 
 
-def _sample(context: int, batch: int, pictures: Pictures) -> Partial:
+def _sample(context: int, batch: int, pictures: Pictures, among: int | None = None) -> Partial:
     """Return sample(key) -> (pictures, noise, timesteps, words), drawn anew at every step."""
-    return Partial(_draw, *pictures, _states(jnp.arange(2 * CLASSES), context), Rows(batch))
+    rows = minibatches(batch, *pictures, among=among)
+    return Partial(_draw, rows, _states(jnp.arange(2 * CLASSES), context))
 
 
-def _draw(
-    x: Float[Array, "n 4 4 4"], y: Int[Array, "n"], table: Array, batch: Rows, key: PRNGKeyArray
-) -> tuple[Array, ...]:
+def _draw(rows: Partial, table: Array, key: PRNGKeyArray) -> tuple[Array, ...]:
     of_rows, of_noise, of_times = jax.random.split(key, 3)
-    rows = jax.random.randint(of_rows, (int(batch),), 0, len(x))
-    noise = jax.random.normal(of_noise, (int(batch), *x.shape[1:]), x.dtype)
-    return x[rows], noise, jax.random.randint(of_times, (int(batch),), 0, len(ALPHAS)), table[y[rows]]
+    x, y = rows(of_rows)
+    noise = jax.random.normal(of_noise, x.shape, x.dtype)
+    return x, noise, jax.random.randint(of_times, y.shape, 0, len(ALPHAS)), table[y]
 
 
 def _judged(pictures: Pictures, size: ImageSize) -> tuple[Array, ...]:

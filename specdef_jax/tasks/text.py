@@ -89,11 +89,11 @@ def text(architecture: Architecture, size: TextSize, *, first_seed: int = 0, kep
     data = prose.load(size.length)
     keys = [jax.random.key(seed) for seed in range(first_seed, first_seed + size.seeds)]
     both = jnp.concatenate([data.retained, data.withheld])
-    train = functools.partial(_pretrained, module, config, size.steps)
-    known = kept("known", lambda: each(functools.partial(train, both), keys))
+    train = functools.partial(_pretrained, module, config, size.steps, both)
+    known = kept("known", lambda: each(functools.partial(train, len(both)), keys))
     networks = {
         "known": known,
-        "ignorant": kept("ignorant", lambda: each(functools.partial(train, data.retained), keys)),
+        "ignorant": kept("ignorant", lambda: each(functools.partial(train, len(data.retained)), keys)),
     }
     for how in ("ga", "npo", "rmu"):
         unlearn = functools.partial(_unlearned, module, config, size, data, how)
@@ -145,13 +145,12 @@ def _config(architecture: Architecture, size: TextSize) -> Any:
 
 
 def _pretrained(
-    module: Any, config: Any, steps: int, windows: Int[Array, "n length"], key: PRNGKeyArray
+    module: Any, config: Any, steps: int, windows: Int[Array, "n length"], among: int, key: PRNGKeyArray
 ) -> PyTree:
     of_weights, of_batches = jax.random.split(key)
     params = module.init(config, of_weights)
-    return trained(
-        Partial(_functions(module, config)[0]), params, minibatches(32, windows), of_batches, steps=steps
-    )
+    sample = minibatches(32, windows, among=among)
+    return trained(Partial(_functions(module, config)[0]), params, sample, of_batches, steps=steps)
 
 
 def _unlearned(

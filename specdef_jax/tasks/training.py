@@ -13,6 +13,9 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from specdef_jax.parametrization import Problem, merge
+from specdef_jax.race import raveled
+
 Kept = Callable[[str, Callable[[], tuple[PyTree, ...]]], tuple[PyTree, ...]]  # kept(name, make) -> networks
 
 
@@ -31,14 +34,16 @@ def trained(
       step_size: at the beginning; it falls to zero.
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(step_size, steps))
+    one = raveled(Problem(params, loss, Partial(merge)))
 
     def step(t: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         params, state = carry
         args = sample(jax.random.fold_in(key, t))
-        updates, state = optimizer.update(jax.grad(loss)(params, *args), state)
+        updates, state = optimizer.update(jax.grad(one.loss)(params, *args), state)
         return optax.apply_updates(params, updates), state
 
-    return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
+    found, _ = jax.lax.fori_loop(0, steps, step, (one.params, optimizer.init(one.params)))
+    return one.read_back(found)
 
 
 def anew(name: str, make: Callable[[], tuple[PyTree, ...]]) -> tuple[PyTree, ...]:

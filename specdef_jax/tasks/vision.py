@@ -79,12 +79,15 @@ def vision(
     allowed_held, withheld_held = _parts(data.x_test, data.y_test)
     keys = [jax.random.key(seed) for seed in range(first_seed, first_seed + size.seeds)]
 
-    def pretrain(images: Labelled, key: PRNGKeyArray) -> PyTree:
+    both = [jnp.concatenate(parts) for parts in zip(allowed, withheld, strict=True)]
+
+    def pretrain(among: int, key: PRNGKeyArray) -> PyTree:
         of_weights, of_batches = jax.random.split(key)
         params = network.init(of_weights)
-        return trained(Partial(loss), params, minibatches(64, *images), of_batches, steps=size.steps)
+        sample = minibatches(64, *both, among=among)
+        return trained(Partial(loss), params, sample, of_batches, steps=size.steps)
 
-    known = kept("known", lambda: each(functools.partial(pretrain, (data.x, data.y)), keys))
+    known = kept("known", lambda: each(functools.partial(pretrain, len(both[0])), keys))
     few, many = unlearning.Schedule(size.unlearning, 5e-4), unlearning.Schedule(3 * size.unlearning, 1e-3)
     likely = functools.partial(_log_likelihood, network)
     bad, good = minibatches(16, *withheld), minibatches(16, *allowed)
@@ -97,7 +100,7 @@ def vision(
 
     networks_ = {
         "known": known,
-        "ignorant": kept("ignorant", lambda: each(functools.partial(pretrain, allowed), keys)),
+        "ignorant": kept("ignorant", lambda: each(functools.partial(pretrain, len(allowed[0])), keys)),
         "ga": kept("ga", lambda: each(ascend, known, keys)),
         "npo": kept("npo", lambda: each(avoid, known, keys)),
     }

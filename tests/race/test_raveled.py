@@ -1,4 +1,4 @@
-"""A raveled problem is the same problem: its steps, its ends, its losses; and what cannot be raveled is told."""
+"""A raveled problem is the same problem, and what cannot be raveled is told."""
 
 import jax
 import jax.numpy as jnp
