@@ -38,9 +38,8 @@ def raveled(problem: Problem) -> Problem:
         if sharding_of(leaf) is not None:
             raise ProblemError(f"'{name}' lies on several devices; race the tree as it is.")
     leaves, structure = jax.tree.flatten(problem.params)
-    read = _OnVectors(
-        structure, tuple(leaf.shape for leaf in leaves), tuple(leaf.dtype.name for leaf in leaves)
-    )
+    shapes, dtypes = tuple(leaf.shape for leaf in leaves), tuple(leaf.dtype.name for leaf in leaves)
+    read = _OnVectors(structure, shapes, dtypes)
     vectors = {
         dtype: jnp.concatenate([leaf.ravel() for leaf in leaves if leaf.dtype.name == dtype])
         for dtype in sorted(set(dtypes))
