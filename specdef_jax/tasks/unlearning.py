@@ -2,7 +2,7 @@
 
 Each takes and returns parameters of any model; what they need of it is a function of its own. Steps are
 Adam's, gradients clipped to norm 1. `forget` and `retain` are samples, as races take them: sample(key) gives
-the args of a step.
+the args of a step, as many examples of the one as of the other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from specdef_jax.parametrization import Problem, merge
+from specdef_jax.race import raveled
 
 Args = Sequence[Any]
 
@@ -117,7 +120,9 @@ def rmu(
 
 def _ascent(loss: Partial, weight: float, params: PyTree, old: PyTree, f: Args, r: Args, key: Any) -> Array:
     del old, key
-    return weight * loss(params, *r) - loss(params, *f)
+    both = jax.tree.map(lambda *parts: jnp.stack(parts), r, f)  # one loop: the gradient is compiled once
+    kept, forgotten = jax.lax.map(lambda args: loss(params, *args), both)
+    return weight * kept - forgotten
 
 
 def _preference(
@@ -153,13 +158,15 @@ def _trained(
 ) -> PyTree:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule.step_size))
     of_the_run, of_samples = jax.random.split(key)
+    one = raveled(Problem(params, objective, Partial(merge)))
 
     def step(t: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         now, state = carry
         of_forget, of_retain = jax.random.split(jax.random.fold_in(of_samples, t))
         drawn = forget(of_forget), retain(of_retain)
-        slopes = jax.grad(objective)(now, params, *drawn, of_the_run)
+        slopes = jax.grad(one.loss)(now, params, *drawn, of_the_run)
         updates, state = optimizer.update(slopes, state)
         return optax.apply_updates(now, updates), state
 
-    return jax.lax.fori_loop(0, schedule.steps, step, (params, optimizer.init(params)))[0]
+    found, _ = jax.lax.fori_loop(0, schedule.steps, step, (one.params, optimizer.init(one.params)))
+    return one.read_back(found)

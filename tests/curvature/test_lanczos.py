@@ -238,6 +238,13 @@ def test_memory_is_one_basis_and_where_it_is_not_rotated_in_place_the_kept_vecto
     assert memory.temp_size_in_bytes / (8 * n) < (20 + 1) + (1 if in_place else setting.kept) + 4
 
 
+def test_the_product_is_compiled_once():
+    op = linear(Partial(lambda d, v: jnp.sinh(d) * v, jnp.ones(N)), jax.ShapeDtypeStruct((N,), jnp.float64))
+    setting = Setting(K, 20, "LA", whole=False, narrowest="float64", in_place=True)
+    text = lanczos._solve.lower(setting, op, KEY, 1e-6, 1000, None).as_text()
+    assert text.count("chlo.sinh") == 1
+
+
 def test_inside_jit_and_vmap():
     matrices = jnp.stack([jnp.asarray(with_spectrum(SPECTRA[s])) for s in ("simple", "tie inside")])
 

@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from specdef_jax import race
 from specdef_jax.errors import ProblemError, SpecError
 from specdef_jax.parametrization import Problem
-from specdef_jax.race import Outcome, store
+from specdef_jax.race import Outcome, runner, store
 from specdef_jax.race.refinement import wanted
 from specdef_jax.race.result import CELLS
 from tests.processes import last_lines
@@ -70,9 +70,21 @@ def whole():
     return found
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [1, 2, 4, 5])
 def test_chunks_change_no_bit(whole, chunk):
     assert_equal(raced(chunk=chunk), whole)
+
+
+@pytest.mark.parametrize("orders", [1, 2, 3])
+def test_races_of_more_and_of_fewer_problems_share_a_program(orders):
+    settings = {"chunk": 2, "orders": orders, "optimizers": {"sgd": race.sgd}}
+    few = raced(count=3, **settings)
+    before = runner.advance._cache_size()
+    many = raced(count=5, **settings)
+    assert runner.advance._cache_size() == before
+    for field in CELLS:
+        if (found := getattr(few, field)) is not None:
+            np.testing.assert_array_equal(getattr(many, field)[:, :, : 3 * orders], found, err_msg=field)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 2)])
@@ -371,6 +383,12 @@ def test_minibatches_draw_what_was_asked():
     assert race.full_batch(X, Y)(KEY)[0] is X
     with pytest.raises(SpecError, match="size = 0"):
         race.minibatches(0, X)
+    few = race.minibatches(5, X, Y, among=7)
+    np.testing.assert_array_equal(few(KEY)[0], race.minibatches(5, X[:7], Y[:7])(KEY)[0])
+    assert jax.tree.structure(few) == jax.tree.structure(sample)  # one program
+    for among in (0, 13):
+        with pytest.raises(SpecError, match=f"among = {among} of 12"):
+            race.minibatches(5, X, Y, among=among)
     with pytest.raises(SpecError, match="lengths"):
         race.minibatches(2, X, Y[:3])
 
