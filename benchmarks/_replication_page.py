@@ -63,8 +63,7 @@ def page() -> str:
         lines += [f"![Relearning, defence by defence](../benchmarks/results/replication_{name}.svg)", ""]
         if (RESULTS / f"replication_{name}_gallery.svg").exists():
             lines += [f"![What is painted](../benchmarks/results/replication_{name}_gallery.svg)", ""]
-        minutes = sum(results["seconds"].values()) / 60
-        told = f"two tasks at a time, a core each; {minutes:.0f} minutes. {_speed(results)}"
+        told = f"nothing else on it; {results['spent'] / 60:.0f} minutes. {_speed(results)}"
         lines += [f"({machine(results)}; {told})"]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -78,7 +78,8 @@ def match_sharpness(
 
     def excess(log_alpha: float) -> float:
         alpha = math.exp(log_alpha)
-        measured[alpha] = sharpness(alpha)
+        if alpha not in measured:
+            measured[alpha] = sharpness(alpha)
         return math.log(measured[alpha] / target) if measured[alpha] > 0 else -math.inf
 
     low, high = 0.0, math.log(max(guess, 1.0))

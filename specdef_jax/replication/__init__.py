@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdef_jax.certification.store import Progress, digest_of, dumps, plain, staged
+from specdef_jax.certification.store import Progress, digest_of, dumps, plain
 from specdef_jax.environment import describe
 from specdef_jax.errors import SpecError
 from specdef_jax.files import atomic_write_text
@@ -19,6 +19,7 @@ from specdef_jax.replication.config import Config
 from specdef_jax.replication.figure import relearning
 from specdef_jax.replication.gallery import painted, pictures
 from specdef_jax.replication.networks import kept
+from specdef_jax.replication.stages import Stages
 from specdef_jax.replication.tables import every_table, legend, page, samples
 from specdef_jax.replication.words import headline
 from specdef_jax.report.pages import markup, rendered
@@ -64,18 +65,11 @@ def replicate(
     """
     config = Config.preset(size, lean=task in LONG) if config is None else config
     tell = progress or (lambda stage, done, total: None)
-    key = digest_of([task, size, asdict(config)])
-    seconds: dict[str, float] = {}
-
-    def keep(name: str, compute: Callable[[], Any]) -> Any:
-        found = staged(out, key, name, functools.partial(_timed, compute), fresh=fresh)
-        seconds[name] = found["seconds"]
-        return found["value"]
-
+    keep = Stages(out, digest_of([task, size, asdict(config)]), fresh=fresh)
     tell("pretraining and unlearning", 0, 1)
-    begin = time.perf_counter()
+    begin = time.time()
     experiment = prepared(task, size, out, fresh=fresh)
-    seconds["pretraining"] = keep("pretraining", lambda: time.perf_counter() - begin)
+    keep("pretraining", lambda: None, began=begin)
     tell("pretraining and unlearning", 1, 1)
     folder = None if out is None else out / "state" / "races"
     given = experiment, config, keep, tell, folder
@@ -89,8 +83,9 @@ def replicate(
         "optimizers": sections.optimizers(*given),
         "lora": sections.adapters(*given),
         "attacks": sections.attacks(*given),
-        "seconds": seconds,
+        "seconds": keep.seconds,
     }
+    results["spent"] = keep.spent  # when all is done
     results = plain(results)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -106,12 +101,6 @@ def prepared(task: str, size: str, out: Path | None = None, *, fresh: bool = Fal
         raise SpecError(f"task {task!r}: must be one of {', '.join(TASKS)}.")
     key = digest_of([task, Config.preset(size).size])
     return TASKS[task](size, functools.partial(kept, out, key, fresh=fresh))
-
-
-def _timed(compute: Callable[[], Any]) -> dict[str, Any]:
-    begin = time.perf_counter()
-    value = compute()
-    return {"value": value, "seconds": time.perf_counter() - begin}
 
 
 def render(results: dict[str, Any]) -> str:

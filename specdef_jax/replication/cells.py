@@ -97,7 +97,7 @@ def row(experiment: Experiment, config: Config, one: Row, folder: Path | None) -
     count = experiment.seeds if one.headline else min(config.seeds, experiment.seeds)
     start: list[dict[str, float]] = []
     try:
-        problems = [race.raveled(one.make(j)) for j in range(count)]
+        problems = [race.raveled(made) for made in each(one.make, range(count))]
         start = states(experiment, problems)
         result = raced(experiment, config, problems, {"adam": adam}, config.step_sizes, folder)
     except SpecDefError as error:

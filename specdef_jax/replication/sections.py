@@ -20,6 +20,7 @@ from specdef_jax.parametrization import is_structured, problem
 from specdef_jax.race.runs import Factory
 from specdef_jax.replication import cells, rows
 from specdef_jax.replication.config import Config
+from specdef_jax.replication.stages import at_once
 from specdef_jax.tasks.experiment import Experiment
 
 ALL = race.FIRST_ORDER | race.SECOND_ORDER
@@ -52,17 +53,16 @@ def matrix(
     experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
 ) -> dict[str, Any]:
     """Race the attack on every defence at every step size."""
-    found, all_rows = {}, rows.rows(experiment, config)
-    for i, one in enumerate(all_rows):
-        tell("defences", i, len(all_rows))
 
-        def race_it(one: rows.Row = one) -> dict[str, Any]:
-            with jax.enable_x64(one.wide or jax.config.read("jax_enable_x64")):
-                return cells.row(experiment, config, one, folder)
+    def race_it(one: rows.Row) -> dict[str, Any]:
+        with jax.enable_x64(one.wide or jax.config.read("jax_enable_x64")):
+            return cells.row(experiment, config, one, folder)
 
-        found[one.name] = keep(f"row_{i}", race_it)
-    tell("defences", len(all_rows), len(all_rows))
-    return found
+    jobs = {
+        one.name: functools.partial(keep, f"row_{i}", functools.partial(race_it, one))
+        for i, one in enumerate(rows.rows(experiment, config))
+    }
+    return at_once(jobs, functools.partial(tell, "defences"))
 
 
 def utility(experiment: Experiment, config: Config) -> list[dict[str, Any]]:
@@ -91,18 +91,15 @@ def optimizers(
     experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
 ) -> dict[str, Any]:
     """Race optimizers on the defended variant without and with SpecDef, each at its best step size."""
+    jobs = {}
+    for arm in ("undefended", "SpecDef"):
+        made = [problem(experiment.loss, t, *experiment.judged_on) for t in _trees(experiment, config, arm)]
+        for name in config.optimizers:
+            race_it = functools.partial(cells.fastest, experiment, config, made, {name: ALL[name]}, folder)
+            jobs[arm, name] = functools.partial(keep, f"optimizer_{name}_{arm}", race_it)
     found: dict[str, Any] = {}
-    arms = {
-        arm: [
-            problem(experiment.loss, tree, *experiment.judged_on) for tree in _trees(experiment, config, arm)
-        ]
-        for arm in ("undefended", "SpecDef")
-    }
-    for i, name in enumerate(config.optimizers):
-        tell("optimizers", i, len(config.optimizers))
-        for arm, problems in arms.items():
-            one = functools.partial(cells.fastest, experiment, config, problems, {name: ALL[name]}, folder)
-            found.setdefault(arm, {})[name] = keep(f"optimizer_{name}_{arm}", one)
+    for (arm, name), told in at_once(jobs, functools.partial(tell, "optimizers")).items():
+        found.setdefault(arm, {})[name] = told
     return found
 
 
@@ -110,46 +107,44 @@ def adapters(
     experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
 ) -> dict[str, Any]:
     """Race LoRA on the undefended variant, on the composites and on the factors of the pairs."""
-    found: dict[str, Any] = {}
-    for rank in config.ranks:
-        for arm, on in (("undefended", "composite"), ("SpecDef", "composite"), ("SpecDef", "factors")):
-            tell(f"LoRA {on}", 0, 1)
-            name = f"{arm}, {on}, rank {rank}"
 
-            def race_it(arm: str = arm, on: Any = on, rank: int = rank) -> dict[str, Any]:
-                made = [
-                    adapted(experiment.loss, tree, rank=rank, on=on)
-                    for tree in _trees(experiment, config, arm)
-                ]
-                return cells.fastest(experiment, config, made, {"adam": race.FIRST_ORDER["adam"]}, folder)
+    def race_it(arm: str, on: Any, rank: int) -> dict[str, Any]:
+        trees_ = _trees(experiment, config, arm)
+        made = [adapted(experiment.loss, tree, rank=rank, on=on) for tree in trees_]
+        return cells.fastest(experiment, config, made, {"adam": race.FIRST_ORDER["adam"]}, folder)
 
-            found[name] = keep(f"lora_{arm}_{on}_{rank}", race_it)
-    return found
+    jobs = {
+        f"{arm}, {on}, rank {rank}": functools.partial(
+            keep, f"lora_{arm}_{on}_{rank}", functools.partial(race_it, arm, on, rank)
+        )
+        for rank in config.ranks
+        for arm, on in (("undefended", "composite"), ("SpecDef", "composite"), ("SpecDef", "factors"))
+    }
+    return at_once(jobs, functools.partial(tell, "LoRA"))
 
 
 def attacks(
     experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
 ) -> list[dict[str, Any]]:
     """Race every attack on SpecDef, with its bill."""
-    told = []
     trees_ = _trees(experiment, config, "SpecDef")
-    for i, name in enumerate(config.attacks):
-        tell("attacks", i, len(config.attacks))
 
-        def race_it(make: Any = ATTACKS[name]) -> dict[str, Any]:
-            try:
-                made = [make(experiment.loss, tree, *experiment.judged_on) for tree in trees_]
-                optimizer: Factory = made[0].optimizer(race.FIRST_ORDER["adam"])
-                found = cells.fastest(
-                    experiment, config, [m.problem for m in made], {"adam": optimizer}, folder
-                )
-            except SpecDefError as error:
-                return {"bill": None, "refused": str(error)}
-            bill = made[0].bill
-            return found | {"bill": asdict(bill) | {"knowledge": bill.knowledge.label}}
+    def race_it(name: str) -> dict[str, Any]:
+        try:
+            made = [ATTACKS[name](experiment.loss, tree, *experiment.judged_on) for tree in trees_]
+            optimizer: Factory = made[0].optimizer(race.FIRST_ORDER["adam"])
+            found = cells.fastest(experiment, config, [m.problem for m in made], {"adam": optimizer}, folder)
+        except SpecDefError as error:
+            return {"bill": None, "refused": str(error)}
+        bill = made[0].bill
+        return found | {"bill": asdict(bill) | {"knowledge": bill.knowledge.label}}
 
-        told.append({"attack": name} | keep(f"attack_{name}", race_it))
-    return told
+    jobs = {
+        name: functools.partial(keep, f"attack_{name}", functools.partial(race_it, name))
+        for name in config.attacks
+    }
+    found = at_once(jobs, functools.partial(tell, "attacks"))
+    return [{"attack": name} | told for name, told in found.items()]
 
 
 def _trees(experiment: Experiment, config: Config, arm: str) -> list[PyTree]:

@@ -1,0 +1,85 @@
+"""Stages of a replication: kept when they are done, and run as many at a time as there are cores.
+
+Most of a stage is compiling, which one core does for the most part; what a stage gives does not depend on what
+runs beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from specdef_jax.certification.store import staged
+from specdef_jax.race.execution import cores
+
+K = TypeVar("K")
+T = TypeVar("T")
+Told = Callable[[int, int], None]  # told(done, total)
+
+
+class Stages:
+    """Results of named stages, of one output directory.
+
+    Attributes:
+      seconds: that each stage took, name -> seconds; those that ran side by side count each.
+    """
+
+    def __init__(self, out: Path | None, key: str, *, fresh: bool) -> None:
+        """Look for finished stages of this key in `out`, unless fresh; None keeps nothing."""
+        self.seconds: dict[str, float] = {}
+        self._keep = functools.partial(staged, out, key, fresh=fresh)
+        self._spans: list[tuple[float, float]] = []
+
+    def __call__(self, name: str, compute: Callable[[], Any], began: float | None = None) -> Any:
+        """Return what a stage gave when it was finished, or compute and keep it; it began now, or then."""
+        found = self._keep(name, functools.partial(_timed, compute, time.time() if began is None else began))
+        self.seconds[name] = found["seconds"]
+        self._spans.append((found["began"], found["began"] + found["seconds"]))
+        return found["value"]
+
+    @property
+    def spent(self) -> float:
+        """Seconds in which any stage ran, over all the runs that it took."""
+        total, until = 0.0, 0.0
+        for begin, end in sorted(self._spans):
+            total += max(0.0, end - max(begin, until))
+            until = max(until, end)
+        return total
+
+
+def at_once(jobs: Mapping[K, Callable[[], T]], told: Told) -> dict[K, T]:
+    """Return what every job gives, in the order given, as many of them at a time as there are cores.
+
+    Args:
+      jobs: what it is called -> function.
+      told: told(done, total), by this thread. An exception of a job or of this ends it all; jobs that run are
+        waited for.
+    """
+    x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
+
+    def one(job: Callable[[], T]) -> T:
+        with jax.enable_x64(x64):
+            return job()
+
+    told(0, len(jobs))
+    with ThreadPoolExecutor(cores()) as pool:
+        futures = {name: pool.submit(one, job) for name, job in jobs.items()}
+        try:
+            for i, future in enumerate(as_completed(futures.values())):
+                future.result()
+                told(i + 1, len(jobs))
+        except BaseException:  # an interrupt too
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {name: future.result() for name, future in futures.items()}
+
+
+def _timed(compute: Callable[[], Any], began: float) -> dict[str, Any]:
+    value = compute()
+    return {"value": value, "began": began, "seconds": time.time() - began}
