@@ -1,7 +1,7 @@
 """Stages of a replication: kept when they are done, and run as many at a time as there are cores.
 
-Most of a stage is compiling, which one core does for the most part; what a stage gives does not depend on what
-runs beside it.
+Most of a stage is compiling, half of which one core does. What a stage gives does not depend on what runs
+beside it.
 """
 
 from __future__ import annotations
