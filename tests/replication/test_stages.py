@@ -3,6 +3,7 @@
 import functools
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def test_an_error_ends_it_and_what_waits_is_not_begun(monkeypatch):
 
 def test_a_stage_is_computed_once_and_time_that_overlaps_counts_once(tmp_path, monkeypatch):
     clock = iter([100.0, 110.0, 105.0, 112.0, 200.0, 203.0])
-    monkeypatch.setattr(stages.time, "time", lambda: next(clock))
+    monkeypatch.setattr(stages, "time", SimpleNamespace(time=lambda: next(clock)))
     keep = Stages(tmp_path, "key", fresh=False)
     assert [keep(name, lambda name=name: name * 2) for name in "abc"] == ["aa", "bb", "cc"]
     assert keep.seconds == {"a": 10.0, "b": 7.0, "c": 3.0}
@@ -61,7 +62,7 @@ def test_a_stage_is_computed_once_and_time_that_overlaps_counts_once(tmp_path, m
     def refuse():
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(stages.time, "time", lambda: 1000.0)
+    monkeypatch.setattr(stages, "time", SimpleNamespace(time=lambda: 1000.0))
     again = Stages(tmp_path, "key", fresh=False)
     assert [again(name, refuse) for name in "abc"] == ["aa", "bb", "cc"]
     assert (again.seconds, again.spent) == (keep.seconds, keep.spent)
@@ -71,7 +72,7 @@ def test_a_stage_is_computed_once_and_time_that_overlaps_counts_once(tmp_path, m
 
 
 def test_a_stage_may_have_begun_earlier(monkeypatch):
-    monkeypatch.setattr(stages.time, "time", lambda: 50.0)
+    monkeypatch.setattr(stages, "time", SimpleNamespace(time=lambda: 50.0))
     keep = Stages(None, "key", fresh=False)
     assert keep("a", lambda: None, began=20.0) is None
     assert keep.seconds == {"a": 30.0}
