@@ -22,6 +22,9 @@ from specdef_jax.errors import ProblemError, SelectionError, SpecError
 from specdef_jax.parametrization import Problem, loss_on
 
 
+_STEPS = 8
+
+
 def scalar_control(
     loss: Callable[..., Array],
     params: PyTree,
@@ -84,6 +87,14 @@ def match_sharpness(
 
     low, high = 0.0, math.log(max(guess, 1.0))
     limit = high + 20 * math.log(2)
+    # The slope of one rescaled coordinate is twice its share of the eigenvector squared, from 0 to 2: steps
+    # of half the excess approach from one side, and arrive at once where the coordinate is most of it.
+    for _ in range(_STEPS):
+        if abs(excess(high)) <= rtol / 2 or not 0 < high < limit:
+            break
+        high = min(max(high - excess(high) / 2, 0.0), limit)
+    if abs(excess(high)) <= rtol / 2:
+        return math.exp(high), measured[math.exp(high)]
     while excess(high) < 0 and high < limit:
         low, high = high, high + math.log(2)
     if low == 0 and 0 <= excess(low) <= rtol:

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from specdef_jax import race
 from specdef_jax.errors import ProblemError, SelectionError, SpecError
+from tests.curvature.helpers_spectra import with_spectrum
 
 KEY = jax.random.key(2)
 
@@ -69,6 +70,25 @@ def test_match_sharpness(curve, guess):
     assert found == sharpness(alpha)
     assert found == pytest.approx(1e4, rel=0.01)
     assert len(calls) < 40
+
+
+def test_a_rescaled_coordinate_is_matched_in_a_few_measurements():
+    """sigma_1 of D H D: each measurement of a network is a Lanczos run."""
+    hessian = with_spectrum(np.linspace(0.1, 15, 20))
+    measured = []
+
+    def sharpness(alpha):
+        measured.append(alpha)
+        scale = np.ones(20)
+        scale[0] = alpha
+        return float(np.abs(np.linalg.eigvalsh(scale[:, None] * hessian * scale)).max())
+
+    for target in (1e3, 1e6):
+        guess = (target / sharpness(1.0)) ** 0.5
+        measured.clear()
+        alpha, found = race.match_sharpness(sharpness, target, guess)
+        assert found == pytest.approx(target, rel=0.005)
+        assert len(measured) <= 4
 
 
 def test_match_sharpness_at_alpha_one():
