@@ -21,7 +21,6 @@ from specdef_jax import trees
 from specdef_jax.errors import ProblemError, SelectionError, SpecError
 from specdef_jax.parametrization import Problem, loss_on
 
-
 _STEPS = 8
 
 

@@ -86,7 +86,7 @@ def test_a_rescaled_coordinate_is_matched_in_a_few_measurements():
     for target in (1e3, 1e6):
         guess = (target / sharpness(1.0)) ** 0.5
         measured.clear()
-        alpha, found = race.match_sharpness(sharpness, target, guess)
+        _, found = race.match_sharpness(sharpness, target, guess)
         assert found == pytest.approx(target, rel=0.005)
         assert len(measured) <= 4
 
