@@ -19,7 +19,7 @@ from specdef_jax.replication.config import Config
 from specdef_jax.replication.figure import relearning
 from specdef_jax.replication.gallery import painted, pictures
 from specdef_jax.replication.networks import kept
-from specdef_jax.replication.stages import Stages
+from specdef_jax.replication.stages import Stages, at_once
 from specdef_jax.replication.tables import every_table, legend, page, samples
 from specdef_jax.replication.words import headline
 from specdef_jax.report.pages import markup, rendered
@@ -72,20 +72,29 @@ def replicate(
     keep("pretraining", lambda: None, began=begin)
     tell("pretraining and unlearning", 1, 1)
     folder = None if out is None else out / "state" / "races"
-    given = experiment, config, keep, tell, folder
+    given = experiment, config, keep, folder
+    jobs = {
+        "models": sections.measures(experiment, config, keep),
+        "defences": sections.matrix(*given),
+        "optimizers": sections.optimizers(*given),
+        "LoRA": sections.adapters(*given),
+        "attacks": sections.attacks(*given),
+    }
+    found = at_once(jobs, tell)
     results = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": asdict(config),
         "environment": describe(),
-        "task": keep("task", lambda: sections.facts(experiment)),
-        "matrix": sections.matrix(*given),
-        "utility": keep("utility", lambda: sections.utility(experiment, config)),
-        "optimizers": sections.optimizers(*given),
-        "lora": sections.adapters(*given),
-        "attacks": sections.attacks(*given),
+        **found["models"],
+        "matrix": found["defences"],
+        "optimizers": {
+            arm: {name: found["optimizers"][arm, name] for name in config.optimizers} for arm in sections.ARMS
+        },
+        "lora": found["LoRA"],
+        "attacks": [{"attack": name} | told for name, told in found["attacks"].items()],
         "seconds": keep.seconds,
+        "spent": keep.spent,
     }
-    results["spent"] = keep.spent  # when all is done
     results = plain(results)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""The sections of a replication, each a function of experiment and config to plain JSON values."""
+"""The sections of a replication: plain JSON values, or the jobs that give them, {what it is of: function}."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,19 @@ from jaxtyping import PyTree
 
 from specdef_jax import race, trees
 from specdef_jax.attacks import ATTACKS, adapted
-from specdef_jax.certification.store import Keep, Progress
+from specdef_jax.certification.store import Keep
 from specdef_jax.errors import SpecDefError
 from specdef_jax.layered import layered
 from specdef_jax.parametrization import is_structured, problem
 from specdef_jax.race.runs import Factory
 from specdef_jax.replication import cells, rows
 from specdef_jax.replication.config import Config
-from specdef_jax.replication.stages import at_once
 from specdef_jax.tasks.experiment import Experiment
 
 ALL = race.FIRST_ORDER | race.SECOND_ORDER
 FORMATS = ("float64", "float32", "bfloat16", "float16")
+ARMS = ("undefended", "SpecDef")
+Jobs = dict[Any, Callable[[], Any]]
 
 
 def facts(experiment: Experiment) -> dict[str, Any]:
@@ -49,20 +51,25 @@ def facts(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def matrix(
-    experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
-) -> dict[str, Any]:
-    """Race the attack on every defence at every step size."""
+def measures(experiment: Experiment, config: Config, keep: Keep) -> Jobs:
+    """Return what is told without a race: of the variants, and of the utility."""
+    return {
+        "task": functools.partial(keep, "task", lambda: facts(experiment)),
+        "utility": functools.partial(keep, "utility", lambda: utility(experiment, config)),
+    }
+
+
+def matrix(experiment: Experiment, config: Config, keep: Keep, folder: Path | None) -> Jobs:
+    """Return the races of the attack on every defence at every step size."""
 
     def race_it(one: rows.Row) -> dict[str, Any]:
         with jax.enable_x64(one.wide or jax.config.read("jax_enable_x64")):
             return cells.row(experiment, config, one, folder)
 
-    jobs = {
+    return {
         one.name: functools.partial(keep, f"row_{i}", functools.partial(race_it, one))
         for i, one in enumerate(rows.rows(experiment, config))
     }
-    return at_once(jobs, functools.partial(tell, "defences"))
 
 
 def utility(experiment: Experiment, config: Config) -> list[dict[str, Any]]:
@@ -87,46 +94,36 @@ def utility(experiment: Experiment, config: Config) -> list[dict[str, Any]]:
     return told
 
 
-def optimizers(
-    experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
-) -> dict[str, Any]:
-    """Race optimizers on the defended variant without and with SpecDef, each at its best step size."""
+def optimizers(experiment: Experiment, config: Config, keep: Keep, folder: Path | None) -> Jobs:
+    """Return the races of (arm, optimizer) on the defended variant, each at its best step size."""
     jobs = {}
-    for arm in ("undefended", "SpecDef"):
+    for arm in ARMS:
         made = [problem(experiment.loss, t, *experiment.judged_on) for t in _trees(experiment, config, arm)]
         for name in config.optimizers:
             race_it = functools.partial(cells.fastest, experiment, config, made, {name: ALL[name]}, folder)
             jobs[arm, name] = functools.partial(keep, f"optimizer_{name}_{arm}", race_it)
-    found: dict[str, Any] = {}
-    for (arm, name), told in at_once(jobs, functools.partial(tell, "optimizers")).items():
-        found.setdefault(arm, {})[name] = told
-    return found
+    return jobs
 
 
-def adapters(
-    experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
-) -> dict[str, Any]:
-    """Race LoRA on the undefended variant, on the composites and on the factors of the pairs."""
+def adapters(experiment: Experiment, config: Config, keep: Keep, folder: Path | None) -> Jobs:
+    """Return the races of LoRA on the undefended variant, on composites and on the factors of pairs."""
 
     def race_it(arm: str, on: Any, rank: int) -> dict[str, Any]:
         trees_ = _trees(experiment, config, arm)
         made = [adapted(experiment.loss, tree, rank=rank, on=on) for tree in trees_]
         return cells.fastest(experiment, config, made, {"adam": race.FIRST_ORDER["adam"]}, folder)
 
-    jobs = {
+    return {
         f"{arm}, {on}, rank {rank}": functools.partial(
             keep, f"lora_{arm}_{on}_{rank}", functools.partial(race_it, arm, on, rank)
         )
         for rank in config.ranks
         for arm, on in (("undefended", "composite"), ("SpecDef", "composite"), ("SpecDef", "factors"))
     }
-    return at_once(jobs, functools.partial(tell, "LoRA"))
 
 
-def attacks(
-    experiment: Experiment, config: Config, keep: Keep, tell: Progress, folder: Path | None
-) -> list[dict[str, Any]]:
-    """Race every attack on SpecDef, with its bill."""
+def attacks(experiment: Experiment, config: Config, keep: Keep, folder: Path | None) -> Jobs:
+    """Return the races of every attack on SpecDef, with its bill."""
     trees_ = _trees(experiment, config, "SpecDef")
 
     def race_it(name: str) -> dict[str, Any]:
@@ -139,12 +136,10 @@ def attacks(
         bill = made[0].bill
         return found | {"bill": asdict(bill) | {"knowledge": bill.knowledge.label}}
 
-    jobs = {
+    return {
         name: functools.partial(keep, f"attack_{name}", functools.partial(race_it, name))
         for name in config.attacks
     }
-    found = at_once(jobs, functools.partial(tell, "attacks"))
-    return [{"attack": name} | told for name, told in found.items()]
 
 
 def _trees(experiment: Experiment, config: Config, arm: str) -> list[PyTree]:

@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 
 import jax
 
-from specdef_jax.certification.store import staged
+from specdef_jax.certification.store import Progress, staged
 from specdef_jax.race.execution import cores
 
 K = TypeVar("K")
 T = TypeVar("T")
-Told = Callable[[int, int], None]  # told(done, total)
 
 
 class Stages:
@@ -53,13 +52,13 @@ class Stages:
         return total
 
 
-def at_once(jobs: Mapping[K, Callable[[], T]], told: Told) -> dict[K, T]:
-    """Return what every job gives, in the order given, as many of them at a time as there are cores.
+def at_once(sections: Mapping[str, Mapping[K, Callable[[], T]]], progress: Progress) -> dict[str, dict[K, T]]:
+    """Return what the jobs of every section give, in the order given, as many at a time as there are cores.
 
     Args:
-      jobs: what it is called -> function.
-      told: told(done, total), by this thread. An exception of a job or of this ends it all; jobs that run are
-        waited for.
+      sections: name -> {what a job is of: function}; all of them are one queue.
+      progress: progress(section, done, total), by this thread. An exception of a job or of this ends it all;
+        jobs that run are waited for.
     """
     x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
 
@@ -67,17 +66,20 @@ def at_once(jobs: Mapping[K, Callable[[], T]], told: Told) -> dict[K, T]:
         with jax.enable_x64(x64):
             return job()
 
-    told(0, len(jobs))
+    done = dict.fromkeys(sections, 0)
     with ThreadPoolExecutor(cores()) as pool:
-        futures = {name: pool.submit(one, job) for name, job in jobs.items()}
+        futures = {n: {of: pool.submit(one, job) for of, job in jobs.items()} for n, jobs in sections.items()}
+        section_of = {future: name for name, jobs in futures.items() for future in jobs.values()}
         try:
-            for i, future in enumerate(as_completed(futures.values())):
+            for future in as_completed(section_of):
                 future.result()
-                told(i + 1, len(jobs))
+                name = section_of[future]
+                done[name] += 1
+                progress(name, done[name], len(futures[name]))
         except BaseException:  # an interrupt too
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return {name: future.result() for name, future in futures.items()}
+    return {name: {of: job.result() for of, job in jobs.items()} for name, jobs in futures.items()}
 
 
 def _timed(compute: Callable[[], Any], began: float) -> dict[str, Any]:

@@ -29,9 +29,12 @@ def test_results_keep_their_order_and_the_callers_precision(monkeypatch):
     for wide in (True, False):
         second.clear()
         with jax.enable_x64(wide):
-            found = at_once({"a": first_one, "b": second_one}, lambda *step: told.append(step))
-        assert list(found.items()) == [(name, "float64" if wide else "float32") for name in ("a", "b")]
-    assert told == [(0, 2), (1, 2), (2, 2)] * 2
+            jobs = {"one": {"a": first_one}, "other": {("b", 1): second_one, "c": lambda: 3}}
+            found = at_once(jobs, lambda *step: told.append(step))
+        dtype = "float64" if wide else "float32"
+        assert found == {"one": {"a": dtype}, "other": {("b", 1): dtype, "c": 3}}
+        assert list(found["other"]) == [("b", 1), "c"]
+    assert sorted(told) == sorted([("one", 1, 1), ("other", 1, 2), ("other", 2, 2)] * 2)
 
 
 def test_an_error_ends_it_and_what_waits_is_not_begun(monkeypatch):
@@ -47,7 +50,7 @@ def test_an_error_ends_it_and_what_waits_is_not_begun(monkeypatch):
 
     jobs = {"a": fails} | {i: functools.partial(slow, i) for i in range(200)}
     with pytest.raises(ValueError, match="no"):
-        at_once(jobs, lambda done, total: None)
+        at_once({"one": jobs}, lambda *step: None)
     assert len(begun) < 200
 
 
