@@ -197,32 +197,41 @@ def _attack(results: Results, name: str, holds: Callable[[Ratio], bool]) -> tupl
     base = results["optimizers"]["undefended"]["adam"]
     if found is None or found["refused"] or base["refused"]:
         return UNCLEAR, "not raced"
-    cap = results["config"]["steps"]
-    ratio = ratio_of_means(np.array(found["adam"]["steps"]), np.array(base["adam"]["steps"]), cap)
+    if np.isnan(base["adam"]["steps"]).all():
+        return UNCLEAR, "not reached without the defence either"
+    ratio, told = _over(results, found["adam"], base["adam"])
     size = found["bill"]["added_share"]
-    return (
-        AGREES if holds(ratio) else DISAGREES
-    ), f"{ratio} times the undefended steps, {size:.0%} more parameters"
+    verdict = AGREES if holds(ratio) else DISAGREES
+    return verdict, f"{told} times the undefended steps, {size:.0%} more parameters"
+
+
+def _over(results: Results, found: dict[str, Any], base: dict[str, Any]) -> tuple[Ratio, str]:
+    """Return steps over those of a base and how they are told; a network that has no base is left out."""
+    steps, before = (np.array(one["steps"], float) for one in (found, base))
+    kept = ~np.isnan(before)
+    ratio = ratio_of_means(steps[kept], before[kept], results["config"]["steps"])
+    return ratio, f"{ratio}{'' if kept.all() else f' ({kept.sum()} of {kept.size} networks)'}"
 
 
 def _optimizers(results: Results) -> tuple[str, str]:
-    cap, told, slow = results["config"]["steps"], [], []
+    told, slow = [], []
     for name, before in results["optimizers"]["undefended"].items():
         after = results["optimizers"]["SpecDef"][name]
         if before["refused"] or after["refused"] or all(map(math.isnan, before[name]["steps"])):
             continue
-        ratio = ratio_of_means(np.array(after[name]["steps"]), np.array(before[name]["steps"]), cap)
+        ratio, ratio_told = _over(results, after[name], before[name])
         edge = before[name]["at_edge"] or after[name]["at_edge"]
-        told.append(f"{name} {ratio}{' (edge)' if edge else ''}")
-        slow.append(None if edge else ratio.low > SLOWED)
-    judged = [s for s in slow if s is not None]  # at the edge of its grid an optimizer may have a better step
+        told.append(f"{name} {ratio_told}{' (edge)' if edge else ''}")
+        # at the edge of its grid an optimizer may have a better step; of one network there is no interval
+        slow.append(None if edge or math.isnan(ratio.low) else ratio.low > SLOWED)
+    judged = [s for s in slow if s is not None]
     verdict = UNCLEAR if not judged else AGREES if all(judged) else UNCLEAR if any(judged) else DISAGREES
     return verdict, f"steps over undefended: {', '.join(told)}"
 
 
 def _lora(results: Results) -> tuple[str, str]:
     """Compare adapters of one rank with adapters of that rank on the undefended network."""
-    cap, told, slow = results["config"]["steps"], [], []
+    told, slow = [], []
     for rank in results["config"]["ranks"]:
         base = results["lora"][f"undefended, composite, rank {rank}"]
         if base["refused"] or np.isnan(base["adam"]["steps"]).all():
@@ -232,9 +241,10 @@ def _lora(results: Results) -> tuple[str, str]:
             found = results["lora"][f"SpecDef, {on}, rank {rank}"]
             if found["refused"]:
                 continue
-            ratio = ratio_of_means(np.array(found["adam"]["steps"]), np.array(base["adam"]["steps"]), cap)
-            told.append(f"{on}, rank {rank}: {ratio}")
-            if on == "factors":  # as released; the composite is the factors multiplied out
+            ratio, ratio_told = _over(results, found["adam"], base["adam"])
+            told.append(f"{on}, rank {rank}: {ratio_told}")
+            # as released; the composite is the factors multiplied out; of one network there is no interval
+            if on == "factors" and not math.isnan(ratio.low):
                 slow.append(ratio.low > 1 or (ratio.censored and ratio.value > 1))
     verdict = UNCLEAR if not slow else AGREES if all(slow) else UNCLEAR if any(slow) else DISAGREES
     return verdict, "steps over LoRA undefended: " + ", ".join(told)

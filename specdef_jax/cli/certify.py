@@ -37,8 +37,8 @@ def certify(
 
     Args:
       out: directory for results.json and report.html; a rerun resumes from what is finished there.
-      size: "smoke" takes seconds, "default" minutes, "full" an hour; of a task "small" (the default) takes 10
-        minutes to an hour on one core, "full" hours.
+      size: "smoke" takes seconds, "default" minutes, "full" an hour; of a task "small" (the default) takes 5
+        to 30 minutes on two cores, "full" hours.
       task: name of an experiment.
       model: directory of config.json and safetensors files, like all that follows but the last.
       loss: module:function of your own, loss(params, *data) -> scalar, kernels (in, out); for a text model
