@@ -32,10 +32,8 @@ def lora(
     deformed: PyTree,
     *args: Any,
     rank: int = 4,
-    scale: float = 8.0,
-    targets: Sequence[str] = (),
     on: Place = "composite",
-    key: PRNGKeyArray | None = None,
+    **settings: Any,
 ) -> Attack:
     """Return the attack that trains adapters alone; params are {target: adapter}.
 
@@ -43,19 +41,11 @@ def lora(
       loss: loss(params, *args) of the plain network.
       deformed: the released tree, deformed or not.
       args: data of one step, for the bill.
-      rank: as in `adapted`, like what follows.
-      scale: as there.
-      targets: as there.
-      on: as there.
-      key: as there.
-
-    Raises:
-      SelectionError: a glob matches no matrix.
-      SpecError: rank < 1, or the scale is not positive.
+      rank: as in `adapted`.
+      on: as in `adapted`.
+      settings: the other keywords of `adapted`, whose errors are raised.
     """
-    convert = functools.partial(
-        adapted, loss, deformed, rank=rank, scale=scale, targets=targets, on=on, key=key
-    )
+    convert = functools.partial(adapted, loss, deformed, rank=rank, on=on, **settings)
     rung = Knowledge.WHICH_LAYERS if on == "composite" else Knowledge.WEIGHTS
     return carry_out(f"lora on the {on}, rank {rank}", convert, loss, deformed, *args, knowledge=rung)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from specdef_jax.programs import in_this_precision
 from specdef_jax.race import mesh as on_mesh
 from specdef_jax.race import runner
 from specdef_jax.race.pacing import FIRST, paced
@@ -80,7 +81,6 @@ def _in_threads(
     parts: list[Runs], factory: Factory, eval_every: int, lanes: int, report: Count | None
 ) -> list[Progress]:
     done = np.zeros(len(parts), int)
-    x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
     lock, stop = threading.Lock(), threading.Event()
 
     def drive(i: int) -> Progress:
@@ -92,11 +92,10 @@ def _in_threads(
                 if report is not None:
                     report(int(done.sum()))
 
-        with jax.enable_x64(x64):
-            return _drive(parts[i], _compile(parts[i], factory, eval_every, lanes), count)
+        return _drive(parts[i], _compile(parts[i], factory, eval_every, lanes), count)
 
     with ThreadPoolExecutor(len(parts)) as pool:
-        futures = [pool.submit(drive, i) for i in range(len(parts))]
+        futures = [pool.submit(in_this_precision(drive), i) for i in range(len(parts))]
         try:
             for future in as_completed(futures):
                 future.result()

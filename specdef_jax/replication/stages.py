@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
-
 from specdef_jax.certification.store import Progress, staged
+from specdef_jax.programs import in_this_precision
 from specdef_jax.race.execution import cores
 
 K = TypeVar("K")
@@ -60,15 +59,12 @@ def at_once(sections: Mapping[str, Mapping[K, Callable[[], T]]], progress: Progr
       progress: progress(section, done, total), by this thread. An exception of a job or of this ends it all;
         jobs that run are waited for.
     """
-    x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
-
-    def one(job: Callable[[], T]) -> T:
-        with jax.enable_x64(x64):
-            return job()
-
     done = dict.fromkeys(sections, 0)
     with ThreadPoolExecutor(cores()) as pool:
-        futures = {n: {of: pool.submit(one, job) for of, job in jobs.items()} for n, jobs in sections.items()}
+        futures = {
+            name: {of: pool.submit(in_this_precision(job)) for of, job in jobs.items()}
+            for name, jobs in sections.items()
+        }
         section_of = {future: name for name, jobs in futures.items() for future in jobs.values()}
         try:
             for future in as_completed(section_of):

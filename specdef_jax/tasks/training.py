@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from specdef_jax.parametrization import Problem, merge
+from specdef_jax.programs import in_this_precision
 from specdef_jax.race import raveled
 
 Kept = Callable[[str, Callable[[], tuple[PyTree, ...]]], tuple[PyTree, ...]]  # kept(name, make) -> networks
@@ -59,11 +60,9 @@ def each(train: Callable[..., PyTree], *columns: Iterable[Any]) -> tuple[PyTree,
       train: gives a network; what it computes must not depend on what runs beside it.
       columns: its arguments, as map takes them.
     """
-    x64 = jax.config.read("jax_enable_x64")  # a context of the caller's does not reach other threads
 
     def one(row: tuple[Any, ...]) -> PyTree:
-        with jax.enable_x64(x64):
-            return jax.block_until_ready(train(*row))
+        return jax.block_until_ready(train(*row))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return tuple(pool.map(one, zip(*columns, strict=True)))
+        return tuple(pool.map(in_this_precision(one), zip(*columns, strict=True)))
